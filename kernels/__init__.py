@@ -1,0 +1,1 @@
+"""Kernel generators, one operator per file."""

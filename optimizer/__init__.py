@@ -1,0 +1,1 @@
+"""fxpress: a compiler for trained PyTorch models."""

@@ -1,0 +1,1 @@
+"""Semantic operators: schema, reference, fake, autograd and FLOP formula of each."""

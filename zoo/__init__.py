@@ -1,0 +1,1 @@
+"""Models, tasks, data and training recipes."""
