@@ -1,0 +1,117 @@
+"""The models of the zoo by name.
+
+A module of this package offers a model by decorating its build function:
+
+    @model("rum-lm", description=..., license=..., source=..., calibration=...)
+    def rum_lm(pretrained: bool = False, **kwargs) -> nn.Module: ...
+
+The decorator turns the function into an `Entry`; the registry finds it by looking through the
+modules that lie beside this one, so a new file needs no list edited.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from fxpress import zoo
+from fxpress.errors import FxpressError
+
+__all__ = ["Entry", "UnknownModelError", "create_model", "entry", "list_models", "model"]
+
+
+class UnknownModelError(FxpressError, ValueError):
+    """The zoo has no model of that name."""
+
+
+class Build(Protocol):
+    """Make a model in eval mode; `pretrained=False` gives random weights, without a download."""
+
+    def __call__(self, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        """Build the model."""
+        ...
+
+
+class Calibration(Protocol):
+    """Turn a user's file into at most `limit` batches; a small built-in sample if path is None."""
+
+    def __call__(self, path: Path | None = None, limit: int = 32) -> list[Any]:
+        """Read the batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo: how to build it, and how to make its calibration data."""
+
+    name: str
+    description: str
+    license: str  # of the weights, where they are downloaded
+    source: str  # the paper, and the package that holds the weights
+    build: Build
+    calibration: Calibration
+
+
+def model(
+    name: str, *, description: str, license: str, source: str, calibration: Calibration  # noqa: A002
+) -> Callable[[Build], Entry]:
+    """Offer the decorated build function under `name`."""
+
+    def offer(build: Build) -> Entry:
+        return Entry(name, description, license, source, build, calibration)
+
+    return offer
+
+
+@cache
+def entries() -> dict[str, Entry]:
+    """Every entry by name, in alphabetic order; imports the modules of the zoo."""
+    names = [info.name for info in pkgutil.iter_modules(zoo.__path__)]
+    modules = [importlib.import_module(f"{zoo.__name__}.{name}") for name in names]
+    found = [e for m in modules for e in vars(m).values() if isinstance(e, Entry)]
+    return {e.name: e for e in sorted(found, key=lambda e: e.name)}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that match a shell-style pattern, such as ``"whisper*"``."""
+    return [name for name in entries() if fnmatchcase(name, pattern)]
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        UnknownModelError: there is none; the message offers the nearest name.
+    """
+    if name in entries():
+        return entries()[name]
+    near = difflib.get_close_matches(name, entries(), n=1, cutoff=0.0)[0]
+    raise UnknownModelError(
+        f"the zoo has no model {name!r}: did you mean {near!r}? (fxpress.zoo.list_models() has all)"
+    )
+
+
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a model of the zoo, in eval mode.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: fetch the trained weights (once, into a cache), instead of a small model with
+            random weights.
+        **kwargs: what the model's build function takes, such as ``attn_implementation`` for
+            transformers' models or sizes.
+
+    Raises:
+        UnknownModelError: the zoo has no such model.
+        PretrainedError: there are no trained weights, or they could not be fetched or converted.
+    """
+    return entry(name).build(pretrained, **kwargs)

