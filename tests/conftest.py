@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
-# With the root on sys.path (`python -m pytest`) our `kernels/` shadows the package of that name
-# which transformers imports.
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
-
 import difflib
+import os
 import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
-GOLDEN = _ROOT / "tests" / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+# `python -m pytest` puts the root on sys.path, where our `kernels/` shadows the package of that
+# name which transformers imports.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 # Workers of pytest-xdist share the cores: one thread each. Sums also come out the same everywhere.
 torch.set_num_threads(1)
@@ -33,6 +32,19 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--update-golden`."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ files")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what cannot run in this process; `make test` and `make gpu` start the right ones."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    cannot_run = [
+        item
+        for item in items
+        if (item.get_closest_marker("gpu") and not torch.cuda.is_available())
+        or (ROOT / "tests" / "kernels_interpreter" in item.path.parents) != interpreted
+    ]
+    config.hook.pytest_deselected(items=cannot_run)
+    items[:] = [item for item in items if item not in cannot_run]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +74,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         if text != expected:
             lines = expected.splitlines(), text.splitlines()
             diff = difflib.unified_diff(*lines, f"golden/{name}", "now", lineterm="")
-            pytest.fail("\n".join([*diff, "If this is meant: pytest --update-golden"]), pytrace=False)
+            pytest.fail("\n".join([*diff, "if meant: pytest --update-golden"]), pytrace=False)
 
     return compare
