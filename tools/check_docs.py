@@ -41,9 +41,8 @@ def broken_links(path: Path, text: str) -> Iterator[tuple[int, str]]:
         file = path.parent / name if name else path
         if not file.exists():
             yield line, f"{target} does not exist"
-        elif fragment and file.suffix == ".md":
-            if fragment not in anchors(file.read_text(encoding="utf-8")):
-                yield line, f"{target} names no heading of that file"
+        elif fragment and fragment not in anchors(file.read_text(encoding="utf-8")):
+            yield line, f"{target} names no heading of that file"
 
 
 def broken_blocks(path: Path, text: str) -> Iterator[tuple[int, str]]:
