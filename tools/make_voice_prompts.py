@@ -1,4 +1,6 @@
-"""Choose the voice prompts of the zoo from Debian's asterisk-core-sounds-en-wav, and write them as FLAC.
+"""Choose the voice prompts of the zoo from Debian's asterisk-core-sounds-en-wav.
+
+They are written as FLAC, with the same samples.
 
 Usage, on a Debian system:
 

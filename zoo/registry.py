@@ -62,7 +62,12 @@ class Entry:
 
 
 def model(
-    name: str, *, description: str, license: str, source: str, calibration: Calibration  # noqa: A002
+    name: str,
+    *,
+    description: str,
+    license: str,  # noqa: A002
+    source: str,
+    calibration: Calibration,
 ) -> Callable[[Build], Entry]:
     """Offer the decorated build function under `name`."""
 

