@@ -59,8 +59,8 @@ gpu: $(DEV_READY) ## run the GPU tests and the benchmarks
 	$(PYTEST) -m gpu tests/gpu
 	$(PYTHON) benchmarks/run.py
 
-replay: $(DEV_READY) ## show how graphs and kernels of the zoo differ from those at BASE=main
-	$(PYTHON) tools/replay.py $(BASE)
+replay: $(DEV_READY) tree ## show how graphs and kernels of the zoo differ from those at BASE=main
+	PYTHONPATH=.typing:tools $(PYTHON) tools/replay.py $(BASE)
 
 # The virtual environment
 

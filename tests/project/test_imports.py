@@ -44,9 +44,10 @@ def test_passes_know_no_triton(sources: list[Any]) -> None:
 
 
 def _defines_pass(source: Any) -> bool:
-    """Whether a class of the module states a `phase`, as each pass does."""
-    classes = (node for node in source.tree.body if isinstance(node, ast.ClassDef))
-    return any("phase" in ast.unparse(node).split() for item in classes for node in item.body)
+    """Whether a class of the module states its `phase`, as each pass does."""
+    bodies = [node.body for node in source.tree.body if isinstance(node, ast.ClassDef)]
+    statements = [ast.unparse(node) for body in bodies for node in body]
+    return any(text.startswith(("phase =", "phase:")) for text in statements)
 
 
 def test_no_pass_imports_another(sources: list[Any]) -> None:

@@ -17,7 +17,7 @@ ARCHITECTURES = re.compile(
 def _words(text: str) -> set[str]:
     """The words of an identifier or a string: `BertSelfAttention` -> bert, self, attention."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", text)
-    return set(re.findall(r"[a-z]+[0-9]*", spaced.lower()))
+    return set(re.findall(r"[a-z][a-z0-9]*", spaced.lower()))
 
 
 def _identifiers(tree: ast.Module) -> Iterator[tuple[int, str]]:
