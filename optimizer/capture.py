@@ -1,0 +1,336 @@
+"""Capture: from a module and a call to a `Program`.
+
+`torch.export` traces the module (non-strict first, strict where that fails) in eval mode. What it
+returns is brought to the form that passes expect: whole operators (`aten.linear`,
+`aten.scaled_dot_product_attention`, `aten.layer_norm`), no mutation but the epilogue, no baked-in
+devices, no nested graphs for gradient modes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxpress.errors import CaptureError
+from fxpress.program import Program
+from fxpress.signature import Signature
+from fxpress.verify import verify
+
+__all__ = ["Call", "capture", "capture_calls", "frozen"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
+aten = torch.ops.aten
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture one call of a module as a graph.
+
+    Args:
+        model: any module; it is left as it was, training flags included.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        dynamic_shapes: as for `torch.export.export`, by argument name or position: which
+            dimensions may change between calls. All others are fixed.
+
+    Returns:
+        The program; `program.graph_module` is callable like the model.
+
+    Raises:
+        CaptureError: the model cannot be exported as a whole; the message names the reason and
+            the source line. `fxpress.optimize` and `fxpress.explain` then work on the largest
+            parts that can.
+    """
+    try:
+        signature, cargs, ckwargs = Signature.of(model, args, kwargs or {})
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__} cannot be called like this: {error}") from error
+    shapes = _by_name(model, cargs, ckwargs, dynamic_shapes)
+    functions: list[str] = []
+    with frozen(model), _custom_functions(functions):
+        exported = _export(model, cargs, ckwargs, shapes)
+    program = Program(_graph_module(exported), signature)
+    program.untrainable = _why_untrainable(functions)
+    verify(program)
+    return program
+
+
+def capture_calls(model: nn.Module, calls: Sequence[Call]) -> Program:
+    """Capture a module for several calls: sizes that differ between them become dynamic.
+
+    Raises:
+        CaptureError: as `capture`, and where the calls differ in more than sizes.
+    """
+    canonical = []
+    for args, kwargs in calls:
+        try:
+            _, cargs, ckwargs = Signature.of(model, args, kwargs)
+        except TypeError as error:
+            name = type(model).__name__
+            raise CaptureError(f"{name} cannot be called like this: {error}") from error
+        canonical.append((cargs, ckwargs))
+    structures = {str(pytree.tree_structure(call)) for call in canonical}
+    if len(structures) > 1:
+        raise CaptureError("the calls differ in their arguments; give all batches the same keys")
+    chosen = max(canonical, key=_smallest_size)
+    args, kwargs = chosen
+    return capture(model, args, kwargs, _dynamic(model, canonical, chosen))
+
+
+def _smallest_size(call: Call) -> int:
+    """A size of one specializes in export: prefer the call whose smallest size is largest."""
+    sizes = [s for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) for s in leaf.shape]
+    return min(sizes, default=0)
+
+
+def _dynamic(model: nn.Module, calls: Sequence[Call], chosen: Call) -> dict[str, Any] | None:
+    """Dimensions whose size differs between calls, in the form of `dynamic_shapes`."""
+    leaves = [pytree.tree_leaves(call) for call in calls]
+    marks = [_varying(column) for column in zip(*leaves, strict=True)]
+    if not any(marks):
+        return None
+    structure = pytree.tree_structure(chosen)
+    args, kwargs = pytree.tree_unflatten([mark or None for mark in marks], structure)
+    shapes = dict(kwargs)
+    if args:
+        shapes |= _positional_names(model, args)
+    return shapes
+
+
+def _varying(column: Sequence[Any]) -> dict[int, Any]:
+    tensors = [leaf for leaf in column if isinstance(leaf, Tensor)]
+    if len({t.ndim for t in tensors}) != 1:
+        return {}
+    auto = torch.export.Dim.AUTO
+    return {d: auto for d in range(tensors[0].ndim) if len({t.shape[d] for t in tensors}) > 1}
+
+
+def _positional_names(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
+    """Positional values by the parameter that takes them; `*args` gets a tuple."""
+    named: dict[str, Any] = {}
+    rest = list(values)
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if not rest:
+            break
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            named[name], rest = tuple(rest), []
+        else:
+            named[name] = rest.pop(0)
+    return named
+
+
+def _by_name(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any
+) -> dict[str, Any] | None:
+    if not shapes:
+        return None
+    given = dict(shapes) if isinstance(shapes, Mapping) else _positional_names(model, shapes)
+    wanted = [*_positional_names(model, args), *kwargs]
+    if unknown := [name for name in given if name not in wanted]:
+        raise CaptureError(f"dynamic_shapes names {unknown}, but the call has {wanted}")
+    return {name: given.get(name) for name in wanted}
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, without torch's opaque fast path, and restore every flag after."""
+    flags = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _custom_functions(seen: list[str]) -> Iterator[None]:
+    """Note every user-defined `autograd.Function` that runs: export drops its backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            seen.append(f"{cls.__module__}.{cls.__qualname__}")
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _why_untrainable(functions: Sequence[str]) -> str:
+    if not functions:
+        return ""
+    names = ", ".join(sorted(set(functions)))
+    return f"the model defines its own backward in {names}, which capture cannot keep"
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    first: Exception | None = None
+    for strict in (False, True):
+        try:
+            # Where torch gives up it prints the whole graph; the reason alone is for the user.
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                return torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=strict
+                )
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    line = _user_frame(first)
+    reason = " ".join(str(first).split())[:300]
+    raise CaptureError(
+        f"{type(model).__name__} cannot be exported: {type(first).__name__}: {reason}"
+        + (f" (at {line})" if line else "")
+    ) from first
+
+
+def _user_frame(error: BaseException) -> str:
+    """`file:line` of the innermost frame that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/torch/" not in f.filename and "/optimizer/" not in f.filename]
+    return f"{ours[-1].filename}:{ours[-1].lineno}" if ours else ""
+
+
+def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    if any(_mutates(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unlifted = exported.module(check_guards=False)
+    # The unlifted module refuses `.train()`, even when a parent calls it; a plain one does not.
+    module = fx.GraphModule(unlifted, unlifted.graph)
+    _inline_gradient_modes(module)
+    _strip(module.graph)
+    _own_tensors(module)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _strip(graph: fx.Graph) -> None:
+    """Drop metadata assertions and the device of `.to()`, which would pin the graph to one."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.to.dtype_layout and node.kwargs.get("device") is not None:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "device"}
+        elif node.target is aten.to.device and isinstance(node.args[0], fx.Node):
+            node.target = aten.to.dtype
+            node.args = (node.args[0], node.args[2], *node.args[3:])
+        elif _mutates(node):
+            node.meta["epilogue"] = True
+
+
+def _inline_gradient_modes(module: fx.GraphModule) -> None:
+    """Inline the subgraphs of `torch.no_grad()` blocks; their outputs are detached instead."""
+    wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
+    for node in [n for n in module.graph.nodes if n.target is wrap]:
+        enabled, body, *inputs = node.args
+        outputs = _inline(module, node, getattr(module, body.target), inputs)
+        if not enabled:
+            outputs = [_detached(module.graph, node, value) for value in outputs]
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        module.graph.erase_node(body) if not body.users else None
+
+
+def _inline(
+    module: fx.GraphModule, at: fx.Node, body: fx.GraphModule, inputs: Sequence[Any]
+) -> list[Any]:
+    _inline_gradient_modes(body)
+    formal = [n for n in body.graph.nodes if n.op == "placeholder"]
+    values: dict[fx.Node, Any] = dict(zip(formal, inputs, strict=True))
+    for node in body.graph.nodes:
+        if node.op == "get_attr":
+            name = f"{at.name}_{str(node.target).replace('.', '_')}"
+            setattr(module, name, getattr(body, str(node.target)))
+            with module.graph.inserting_before(at):
+                values[node] = module.graph.get_attr(name)
+            values[node].meta = dict(node.meta)
+        elif node.op == "call_function":
+            with module.graph.inserting_before(at):
+                values[node] = module.graph.node_copy(node, lambda n: values[n])
+    result = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    return [values[r] if isinstance(r, fx.Node) else r for r in result]
+
+
+def _detached(graph: fx.Graph, at: fx.Node, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not value.meta["val"].is_floating_point():
+        return value
+    with graph.inserting_before(at):
+        fresh = graph.call_function(aten.detach.default, (value,))
+    fresh.meta = dict(value.meta)
+    return fresh
+
+
+def _own_tensors(module: fx.GraphModule) -> None:
+    """Give the graph parameters of its own on the model's storage, so that gradients are its own.
+
+    Storage is shared until the first gradient arrives: then the parameter is cloned before any
+    optimizer can write to it. Buffers that the graph itself writes are cloned at once.
+    """
+    written = {
+        str(node.args[0].target)
+        for node in module.graph.nodes
+        if node.meta.get("epilogue") and isinstance(node.args[0], fx.Node)
+    }
+    own: dict[int, nn.Parameter] = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in own:
+                    fresh = _alias(parameter)
+                    own[id(parameter)] = own[id(fresh)] = fresh
+                child._parameters[name] = own[id(parameter)]
+        for name, buffer in list(child._buffers.items()):
+            if buffer is not None and f"{prefix}.{name}".lstrip(".") in written:
+                child._buffers[name] = buffer.clone()
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    if alias.requires_grad:
+        alias.register_post_accumulate_grad_hook(_clone_storage)
+    return alias
+
+
+def _clone_storage(parameter: Tensor) -> None:
+    """Part from the original's storage, once: called when the first gradient has arrived."""
+    if not getattr(parameter, "_fxpress_own", False):
+        parameter.data = parameter.data.clone()
+        parameter._fxpress_own = True  # type: ignore[attr-defined]
