@@ -65,7 +65,7 @@ replay: $(DEV_READY) tree ## show how graphs and kernels of the zoo differ from 
 # The virtual environment
 
 $(PYTHON):
-	$(BASE_PYTHON) -c 'import sys; sys.exit("fxpress needs Python 3.11+" * (sys.version_info < (3, 11)))'
+	@$(BASE_PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fxpress needs Python 3.11+")'
 	$(BASE_PYTHON) -m venv $(VENV)
 
 # setuptools first, since the build runs without isolation; torch first, so that the pinned version
