@@ -1,0 +1,161 @@
+"""The tiles form of a static mask: what the generated CUDA kernel walks.
+
+For each (head, tile of BM query rows), key columns fall into two lists:
+
+- *full* tiles: BN aligned columns that every row keeps; no cell is tested;
+- *packed* tiles: all other columns that any row keeps, in order, BN at a time. A row of keys is a
+  whole cache line or more, so gathering rows costs little beside loading neighbors; a run of kept
+  columns stays a run. One bit per cell, in words along the columns, says which rows keep which.
+
+Tiles are processed longest first, so that the last wave of a launch holds short ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxpress.errors import PlanError
+from fxpress.ops.mask_layout import Bits, LayoutSpec
+
+__all__ = ["build"]
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_TILES = ((128, 64), (64, 64), (128, 32), (64, 32))
+# In cells computed: what a tile costs beside its cells, how much more a packed cell costs, what a
+# query tile costs, and what the second loop of a query tile that has both lists costs.
+_PER_TILE, _PACKED, _PER_ROW, _SECOND_LOOP = 1500.0, 1.25, 64.0, 6000.0
+_WORD = 32
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """All unique heads cut to (BM, BN); P = U * T pairs in order."""
+
+    tile: tuple[int, int]
+    full: Bools  # (P, key tiles)
+    rest: Bools  # (P, Nk): columns left to pack
+
+    @property
+    def packed_tiles(self) -> Ints:
+        return -(-self.rest.sum(1) // self.tile[1])
+
+    @property
+    def work(self) -> NDArray[np.float64]:
+        """Estimated cost of each pair, in cells."""
+        full, packed = self.full.sum(1), self.packed_tiles
+        cells = self.tile[0] * self.tile[1]
+        both = _SECOND_LOOP * ((full > 0) & (packed > 0))
+        tiles = full * (cells + _PER_TILE) + packed * (_PACKED * cells + _PER_TILE)
+        return np.asarray(both + tiles + _PER_ROW * self.tile[0])
+
+
+def _summaries(bits: Bits, rows: int, keys: int) -> tuple[Bools, Bools]:
+    """Columns that any, and that every, row of each pair keeps, (P, Nk) both."""
+    pad = ((0, 0), (0, -bits.shape[1] % rows), (0, 0))
+    tiles = (-1, rows, bits.shape[2])
+    kept = np.bitwise_or.reduce(np.pad(bits, pad).reshape(tiles), axis=1)
+    every = np.bitwise_and.reduce(np.pad(bits, pad, constant_values=255).reshape(tiles), axis=1)
+    unpacked = (np.unpackbits(s, axis=-1, count=keys, bitorder="little") for s in (kept, every))
+    any_row, every_row = (summary.astype(bool) for summary in unpacked)
+    return any_row, every_row
+
+
+def _cut(bits: Bits, tile: tuple[int, int], keys: int, split: bool) -> _Cut:
+    """Cut at one tile size; without `split` even full tiles are packed, for a single loop."""
+    kept, every = _summaries(bits, tile[0], keys)
+    whole = keys // tile[1]
+    full = every[:, : whole * tile[1]].reshape(len(every), whole, tile[1]).all(-1) & split
+    rest = kept.copy()
+    rest[:, : whole * tile[1]] &= ~full.repeat(tile[1], axis=1)
+    return _Cut(tile, full, rest)
+
+
+def _choose(bits: Bits, keys: int, tile: tuple[int, int] | None) -> _Cut:
+    tiles = (tile,) if tile else _TILES
+    cuts = [_cut(bits, size, keys, split) for size in tiles for split in (True, False)]
+    return min(cuts, key=lambda cut: float(cut.work.sum()))
+
+
+def _offsets(counts: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _pack_columns(cut: _Cut) -> tuple[Ints, Bools, Ints]:
+    """Return columns (tiles, BN), which of them are padding, and the pair of each tile."""
+    width = cut.tile[1]
+    pair, column = np.nonzero(cut.rest)
+    starts = _offsets(cut.rest.sum(1))
+    rank = np.arange(len(pair)) - starts[pair]
+    slot = _offsets(cut.packed_tiles)[pair] * width + rank
+    tiles = int(cut.packed_tiles.sum())
+    columns, padding = np.zeros(tiles * width, dtype=np.int64), np.ones(tiles * width, dtype=bool)
+    columns[slot], padding[slot] = column, False
+    owner = np.repeat(np.arange(len(cut.rest)), cut.packed_tiles)
+    return columns.reshape(-1, width), padding.reshape(-1, width), owner
+
+
+def _words(bits: Bits, cut: _Cut, columns: Ints, padding: Bools, owner: Ints) -> NDArray[np.int32]:
+    """Kept cells of the packed tiles as int32 (tiles, BN / 32, BM), bit j = column j of a word."""
+    rows, width = cut.tile
+    per_head = -(-bits.shape[1] // rows)
+    padded = np.pad(bits, ((0, 0), (0, per_head * rows - bits.shape[1]), (0, 0)))
+    out = np.empty((len(owner), width // _WORD, rows), dtype=np.int32)
+    byte, bit = columns // 8, (columns % 8).astype(np.uint8)
+    chunk = max(1, 2**24 // (rows * width))
+    for start in range(0, len(owner), chunk):
+        part = slice(start, start + chunk)
+        head, tile = np.divmod(owner[part], per_head)
+        row = tile[:, None] * rows + np.arange(rows)
+        cells = padded[head[:, None, None], row[:, :, None], byte[part, None, :]]
+        kept = ((cells >> bit[part, None, :]) & 1).astype(bool) & ~padding[part, None, :]
+        words = np.packbits(kept, axis=-1, bitorder="little").view(np.int32)
+        out[part] = words.transpose(0, 2, 1)
+    return out
+
+
+def _check_tile(tile: tuple[int, int]) -> None:
+    rows, columns = tile
+    if rows not in (32, 64, 128, 256) or columns not in (32, 64, 128):
+        raise PlanError(f"tile {tile!r}: rows are 32, 64, 128 or 256, columns 32, 64 or 128")
+
+
+def build(
+    facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None
+) -> tuple[LayoutSpec, list[Tensor]]:
+    """Build the tile lists of a packed mask.
+
+    Args:
+        facts: what is known already.
+        bits: the different head masks (U, Nq, W), one bit a cell.
+        heads: index into them per head (H,).
+        tile: (BM, BN), or None to choose by the cost model.
+
+    Returns:
+        The completed facts, and int32 tensors: order of the pairs head * T + tile, longest first
+        (H * T,); where full tiles exist, offsets (U * T + 1,) and tile indices; where packed ones
+        do, offsets (U * T + 1,), columns (tiles, BN) and words (tiles, BN / 32, BM).
+    """
+    if tile is not None:
+        _check_tile(tile)
+    cut = _choose(bits, facts.shape[2], tile)
+    per_head = len(cut.full) // len(bits)
+    pairs = (heads[:, None] * per_head + np.arange(per_head)).ravel()
+    lists: list[NDArray[np.int64] | NDArray[np.int32]] = [np.argsort(-cut.work[pairs], kind="stable")]
+    full, packed = bool(cut.full.any()), bool(cut.rest.any())
+    if full:
+        lists += [_offsets(cut.full.sum(1)), np.nonzero(cut.full)[1]]
+    if packed:
+        columns, padding, owner = _pack_columns(cut)
+        lists += [_offsets(cut.packed_tiles), columns]
+        lists.append(_words(bits, cut, columns, padding, owner))
+    tiles = cut.full.sum(1) + cut.packed_tiles
+    computed = int(tiles[pairs].sum()) * cut.tile[0] * cut.tile[1]
+    facts = replace(facts, tile=cut.tile, computed=computed, full=full, packed=packed)
+    return facts, [torch.from_numpy(np.ascontiguousarray(part.astype(np.int32))) for part in lists]
