@@ -24,8 +24,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Workers of pytest-xdist share the cores: one thread each. Sums also come out the same everywhere.
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+# A test that shares two cores may be slow without being wrong.
+_PATIENT = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("local", _PATIENT)
+hypothesis.settings.register_profile("ci", _PATIENT, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
