@@ -147,7 +147,9 @@ def build(
     cut = _choose(bits, facts.shape[2], tile)
     per_head = len(cut.full) // len(bits)
     pairs = (heads[:, None] * per_head + np.arange(per_head)).ravel()
-    lists: list[NDArray[np.int64] | NDArray[np.int32]] = [np.argsort(-cut.work[pairs], kind="stable")]
+    lists: list[NDArray[np.int64] | NDArray[np.int32]] = [
+        np.argsort(-cut.work[pairs], kind="stable")
+    ]
     full, packed = bool(cut.full.any()), bool(cut.rest.any())
     if full:
         lists += [_offsets(cut.full.sum(1)), np.nonzero(cut.full)[1]]

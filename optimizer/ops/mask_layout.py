@@ -128,7 +128,9 @@ class LayoutSpec:
             heads, queries, keys = map(int, shape.split("x"))
             rows, columns = map(int, tile.split("x"))
             numbers = map(int, counts.split(","))
-            known = {flag: flag in flags.split(",") for flag in ("causal", "empty", "full", "packed")}
+            known = {
+                flag: flag in flags.split(",") for flag in ("causal", "empty", "full", "packed")
+            }
             parsed = tuple(Bucket.parse(part) for part in buckets.split(",") if part)
             return LayoutSpec(
                 form, (heads, queries, keys), (rows, columns), *numbers, **known, buckets=parsed
