@@ -39,7 +39,7 @@ class TransformerLM(nn.Module):
         ValueError: `width` is no multiple of `heads`, or `attention` is unknown.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         vocabulary: int = BYTES,
         width: int = 128,

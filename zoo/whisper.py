@@ -128,7 +128,12 @@ def word_changes(a: Sequence[str], b: Sequence[str]) -> float:
     """Words of `b` that differ from `a`, as a share of the words of `a`; case and marks aside.
 
     Substitutions, deletions and insertions count one each (the word error rate with `a` for truth).
+
+    Raises:
+        ValueError: `a` and `b` have different lengths.
     """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} texts and {len(b)}: compare as many with as many")
     require("jiwer")
     import jiwer
 
