@@ -8,21 +8,21 @@ weights; they become fp32 here.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
+from fxpress.zoo.pretrained import Package, fetch, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
 from fxpress.zoo.transformers_models import build_model, load_tokenizer
+from fxpress.zoo.whisper_weights import read_ctranslate2, state_dict
 
 __all__ = ["features", "tokenizer", "transcribe", "voice_prompts", "word_changes"]
 
@@ -218,7 +218,7 @@ def _convert(raw: Path, out: Path) -> None:
 
     model = WhisperForConditionalGeneration(WhisperConfig(**TINY)).eval()
     with (raw / "model.bin").open("rb") as f:
-        model.load_state_dict(_state_dict(_read_ctranslate2(f)), strict=True)
+        model.load_state_dict(state_dict(read_ctranslate2(f)), strict=True)
     model.tie_weights()
     package = json.loads((raw / "config.json").read_text(encoding="utf-8"))
     model.generation_config = GenerationConfig(
@@ -235,70 +235,3 @@ def _convert(raw: Path, out: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_file=str(raw / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end
     ).save_pretrained(out)
-
-
-def _read_ctranslate2(f: BinaryIO) -> dict[str, Tensor]:
-    """The tensors of a CTranslate2 model file (binary version 6), as fp32."""
-    dtypes = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-
-    def number(code: str) -> int:
-        return int(struct.unpack("<" + code, f.read(struct.calcsize(code)))[0])
-
-    def string() -> str:
-        return f.read(number("H")).rstrip(b"\0").decode()
-
-    if (version := number("I")) != 6:
-        raise PretrainedError(f"the weights are CTranslate2 binary version {version}, expected 6")
-    string(), number("I")  # name and revision of the model specification
-    tensors = {}
-    for _ in range(number("I")):
-        name = string()
-        shape = [number("I") for _ in range(number("B"))]
-        dtype = dtypes[number("B")]
-        array = np.frombuffer(f.read(number("I")), dtype).reshape(shape)
-        tensors[name] = torch.tensor(array.astype(np.float32))
-    return tensors
-
-
-def _state_dict(w: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of WhisperForConditionalGeneration."""
-    embedding = w["decoder/embeddings/weight"]
-    state = {"model.decoder.embed_tokens.weight": embedding, "proj_out.weight": embedding}
-    for conv in ("conv1", "conv2"):
-        state |= _linear(w, f"encoder/{conv}", f"model.encoder.{conv}")
-    for side in ("encoder", "decoder"):
-        state[f"model.{side}.embed_positions.weight"] = w[f"{side}/position_encodings/encodings"]
-        state |= _norm(w, f"{side}/layer_norm", f"model.{side}.layer_norm")
-        for i in range(TINY[f"{side}_layers"]):
-            source, target = f"{side}/layer_{i}", f"model.{side}.layers.{i}"
-            state |= _attention(w, f"{source}/self_attention", f"{target}.self_attn", 3)
-            if side == "decoder":
-                state |= _attention(w, f"{source}/attention", f"{target}.encoder_attn", 2)
-            state |= _linear(w, f"{source}/ffn/linear_0", f"{target}.fc1")
-            state |= _linear(w, f"{source}/ffn/linear_1", f"{target}.fc2")
-            state |= _norm(w, f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
-    return state
-
-
-def _attention(w: dict[str, Tensor], source: str, target: str, fused: int) -> dict[str, Tensor]:
-    """One attention and its norm; `fused` projections (3: q, k, v; 2: k, v) share a matrix."""
-    last = 1 if fused == 3 else 2
-    state = {}
-    for kind in ("weight", "bias"):
-        parts = list(w[f"{source}/linear_{last - 1}/{kind}"].chunk(fused))
-        if fused == 2:
-            parts.insert(0, w[f"{source}/linear_0/{kind}"])
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-            state[f"{target}.{name}.{kind}"] = part
-    if state.pop(f"{target}.k_proj.bias").any():  # Whisper's keys have none
-        raise PretrainedError(f"a key bias of {PACKAGE.requirement} is not zero: it has changed")
-    state |= _linear(w, f"{source}/linear_{last}", f"{target}.out_proj")
-    return state | _norm(w, f"{source}/layer_norm", f"{target}_layer_norm")
-
-
-def _linear(w: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    return {f"{target}.{kind}": w[f"{source}/{kind}"] for kind in ("weight", "bias")}
-
-
-def _norm(w: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    return {f"{target}.weight": w[f"{source}/gamma"], f"{target}.bias": w[f"{source}/beta"]}
