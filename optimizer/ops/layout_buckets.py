@@ -10,6 +10,7 @@ matter, and `benchmarks/cpu_attention.py` shows whether the choices they lead to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,16 +42,18 @@ class _Tiled:
 
     @property
     def lengths(self) -> Ints:
-        return self.any.sum(1)
+        lengths: Ints = self.any.sum(1)
+        return lengths
 
     @property
     def clean(self) -> Bools:
         """Tiles that need no test of single cells (T,)."""
-        return (self.any == self.every).all(1)
+        clean: Bools = (self.any == self.every).all(1)
+        return clean
 
 
 def _cell_cost(rows: int) -> float:
-    return _CELL + _CELL_SMALL / rows**0.5
+    return _CELL + _CELL_SMALL / math.sqrt(rows)
 
 
 def _cost(tiled: _Tiled) -> float:
@@ -126,8 +129,9 @@ class _Pairs:
     clean: Bools  # (P,)
 
     def take(self, index: Ints | Bools) -> _Pairs:
-        fields = (self.unique, self.tile, self.any, self.clean)
-        return _Pairs(self.rows, *(field[index] for field in fields))
+        return _Pairs(
+            self.rows, self.unique[index], self.tile[index], self.any[index], self.clean[index]
+        )
 
 
 def _pairs(tiled: dict[int, _Tiled], rows: int) -> _Pairs:
@@ -157,12 +161,11 @@ def _dropped(pairs: _Pairs, bits: Bits, columns: Ints, padding: Bools) -> Bools:
     inside = np.minimum(rows, queries - 1)
     byte, bit = columns // 8, (columns % 8).astype(np.uint8)
     words = bits[pairs.unique[:, None, None], inside[:, :, None], byte[:, None, :]]
-    return ((words >> bit[:, None, :]) & 1 == 0) | padding[:, None, :]
+    dropped: Bools = ((words >> bit[:, None, :]) & 1 == 0) | padding[:, None, :]
+    return dropped
 
 
-def _assemble(
-    pairs: _Pairs, bits: Bits, heads: Ints, keys: int, tiles: int
-) -> tuple[Bucket, list[Tensor]]:
+def _assemble(pairs: _Pairs, bits: Bits, heads: Ints, tiles: int) -> tuple[Bucket, list[Tensor]]:
     columns, padding = _columns(pairs.any)
     members = [np.flatnonzero(heads == u) for u in pairs.unique]
     source = np.repeat(np.arange(len(members)), [len(m) for m in members])
@@ -184,7 +187,7 @@ def _assemble(
         natural=len(ids) == len(heads) * tiles,
         shared=shared,
     )
-    tensors = [] if bucket.natural else [ids]
+    tensors: list[Ints | Bools] = [] if bucket.natural else [ids]
     tensors += [source] if shared else []
     tensors += [columns] if bucket.gathered else []
     if mask == "columns":
@@ -230,7 +233,7 @@ def build(
             if len(chosen.unique):
                 groups = _group(chosen.any.sum(1), rows)
                 tiles = -(-queries // rows)
-                parts += [_assemble(chosen.take(g), bits, heads, keys, tiles) for g in groups]
+                parts += [_assemble(chosen.take(g), bits, heads, tiles) for g in groups]
     buckets = tuple(bucket for bucket, _ in parts)
     tallest = max((bucket.rows for bucket in buckets), default=queries)
     computed = sum(b.rows * b.pairs * b.columns for b in buckets)

@@ -44,7 +44,8 @@ class _Cut:
 
     @property
     def packed_tiles(self) -> Ints:
-        return -(-self.rest.sum(1) // self.tile[1])
+        tiles: Ints = -(-self.rest.sum(1) // self.tile[1])
+        return tiles
 
     @property
     def work(self) -> NDArray[np.float64]:
@@ -71,7 +72,8 @@ def _cut(bits: Bits, tile: tuple[int, int], keys: int, split: bool) -> _Cut:
     """Cut at one tile size; without `split` even full tiles are packed, for a single loop."""
     kept, every = _summaries(bits, tile[0], keys)
     whole = keys // tile[1]
-    full = every[:, : whole * tile[1]].reshape(len(every), whole, tile[1]).all(-1) & split
+    aligned = every[:, : whole * tile[1]].reshape(len(every), whole, tile[1])
+    full: Bools = np.logical_and(aligned.all(-1), split)
     rest = kept.copy()
     rest[:, : whole * tile[1]] &= ~full.repeat(tile[1], axis=1)
     return _Cut(tile, full, rest)

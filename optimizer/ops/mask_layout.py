@@ -127,13 +127,21 @@ class LayoutSpec:
             form, shape, tile, counts, flags, buckets = text.split(";")
             heads, queries, keys = map(int, shape.split("x"))
             rows, columns = map(int, tile.split("x"))
-            numbers = map(int, counts.split(","))
-            known = {
-                flag: flag in flags.split(",") for flag in ("causal", "empty", "full", "packed")
-            }
-            parsed = tuple(Bucket.parse(part) for part in buckets.split(",") if part)
+            unique, kept, possible, computed = map(int, counts.split(","))
+            known = flags.split(",")
             return LayoutSpec(
-                form, (heads, queries, keys), (rows, columns), *numbers, **known, buckets=parsed
+                form=form,
+                shape=(heads, queries, keys),
+                tile=(rows, columns),
+                unique=unique,
+                kept=kept,
+                possible=possible,
+                computed=computed,
+                causal="causal" in known,
+                empty="empty" in known,
+                full="full" in known,
+                packed="packed" in known,
+                buckets=tuple(Bucket.parse(part) for part in buckets.split(",") if part),
             )
         except (ValueError, TypeError) as error:
             raise PlanError(f"{text!r} describes no mask layout: {error}") from error
@@ -298,20 +306,17 @@ def _checked(mask: Tensor, tile: tuple[int, int] | None) -> Tensor:
             f"a mask is bool (H, Nq, Nk) or (Nq, Nk), True = kept, and not empty; "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    if tile is not None and (len(tile) != 2 or min(tile) < 1):
+    if tile is not None and min(tile) < 1:
         raise PlanError(f"tile is (query rows, key columns), both at least 1; got {tile!r}")
     return mask.detach().reshape(-1, *mask.shape[-2:]).cpu()
 
 
 def _pack(mask: Tensor) -> tuple[Bits, NDArray[np.int64]]:
-    """Bool (H, Nq, Nk) -> the different head masks as bits (U, Nq, W), W a multiple of 8; head -> U."""
-    keys = mask.shape[2]
+    """Bool (H, Nq, Nk) -> bits of the U different head masks (U, Nq, W), and head -> mask (H,)."""
     packed = np.packbits(mask.numpy(), axis=-1, bitorder="little")
-    packed = np.pad(packed, ((0, 0), (0, 0), (0, -packed.shape[2] % 8)))
     known: dict[bytes, int] = {}
     heads = np.array([known.setdefault(head.tobytes(), len(known)) for head in packed])
     firsts = [int(np.argmax(heads == index)) for index in range(len(known))]
-    assert keys <= packed.shape[2] * 8
     return np.ascontiguousarray(packed[firsts]), heads
 
 

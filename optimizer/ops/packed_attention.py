@@ -42,7 +42,7 @@ class _Piece:
             whole = self.bucket.natural and self.bucket.pairs == x.shape[1]
             return x if whole else x.index_select(1, self.heads // group)
         flat = x.flatten(1, 2).index_select(1, self._flat(x.shape[2], group))
-        return flat.unflatten(1, self.columns.shape)
+        return flat.view(-1, *self.columns.shape, x.shape[3])
 
     def add_keys(self, total: Tensor, part: Tensor, group: int) -> None:
         """Add (B, G, C, D) into (B, Hkv, N, D), where `take_keys` took it."""
@@ -73,7 +73,7 @@ def _cut(x: Tensor, rows: int) -> Tensor:
     """(B, H, N, D) -> tiles (B, H * T, rows, D), padded with zeros where rows are missing."""
     short = -x.shape[2] % rows
     x = F.pad(x, (0, 0, 0, short)) if short else x
-    return x.unflatten(2, (-1, rows)).flatten(1, 2)
+    return x.reshape(x.shape[0], -1, rows, x.shape[3])
 
 
 def _pieces(facts: LayoutSpec, tensors: list[Tensor]) -> Iterator[_Piece]:
@@ -105,7 +105,7 @@ def _attend(
         mask = additive(dropped, bias, q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     flat = (x.flatten(0, 1) for x in (q, k.mT))
-    scores = torch.baddbmm(q.new_zeros(()), *flat, beta=0, alpha=scale).unflatten(0, q.shape[:2])
+    scores = torch.baddbmm(q.new_zeros(()), *flat, beta=0, alpha=scale).view(*q.shape[:3], -1)
     scores = scores if bias is None else scores + bias
     scores = scores if dropped is None else scores.masked_fill_(dropped, least(scores.dtype))
     return scores.softmax(-1) @ v

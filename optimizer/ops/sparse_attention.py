@@ -11,12 +11,13 @@ a call that covers only part of the layout (a growing cache) goes to `masked_att
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch._library.custom_ops import CustomOpDef
 
 from fxpress import lowering
 from fxpress.errors import LoweringError
@@ -137,18 +138,13 @@ def _backward(
     return masked_backward(grad, q, k, v, facts, layout, attn_mask, is_causal, scale, q_offset)
 
 
-_attention = torch.library.triton_op(_OPERATOR, _forward, mutates_args=())
-_attention_backward = torch.library.triton_op(f"{_OPERATOR}_backward", _backward, mutates_args=())
-
-
-# The bodies would do as fakes too, but they look at sizes, which would bind dynamic ones.
-@_attention.register_fake
-def _(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> Tensor:
+def _fake(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-@_attention_backward.register_fake
-def _(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -166,21 +162,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *grads, [None] * len(layout), None, None, None, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+    """Define an operator that compilers see through.
+
+    The body would do as fake too, but it looks at sizes, which would bind dynamic ones.
+    """
+    operator: CustomOpDef = torch.library.triton_op(name, body, mutates_args=())  # type: ignore[assignment]
+    operator.register_fake(fake)
+    return operator
 
 
-@register_flop_formula(torch.ops.fxpress.sparse_attention)  # type: ignore[untyped-decorator]
-def _flops(q: Any, _k: Any, v: Any, _layout: Any, spec: str, *_rest: Any, **_out: Any) -> int:
-    """Multiply-adds of the tiles computed, two FLOPs each."""
-    return 2 * int(q[0]) * LayoutSpec.parse(spec).computed * int(q[-1] + v[-1])
-
-
-@register_flop_formula(torch.ops.fxpress.sparse_attention_backward)  # type: ignore[untyped-decorator]
-def _backward_flops(
-    _grad: Any, q: Any, _k: Any, v: Any, _layout: Any, spec: str, *_rest: Any, **_out: Any
-) -> int:
-    """Recomputed scores, dq and dk over D; dv and the weights' gradient over Dv."""
-    return 2 * int(q[0]) * LayoutSpec.parse(spec).computed * int(3 * q[-1] + 2 * v[-1])
+_define(f"{_OPERATOR}_backward", _backward, _backward_fake)
+_define(_OPERATOR, _forward, _fake).register_autograd(_gradients, setup_context=_save)
 
 
 def _check(
