@@ -27,8 +27,10 @@ Bools = NDArray[np.bool_]
 
 # Nanoseconds: per computed cell at r rows a tile (small tiles keep the cores less busy), more per
 # cell where cells are masked, per gathered column (key and value), per pair, and per bucket.
-_CELL, _CELL_SMALL, _MASKED, _COLUMN, _PAIR, _BUCKET = 1.5, 15.0, 0.5, 40.0, 7e3, 1e5
-_TILE_ROWS = (32, 64, 128, 256, 512)
+_CELL, _CELL_SMALL, _MASKED, _COLUMN, _PAIR, _BUCKET = 1.5, 15.0, 0.8, 40.0, 7e3, 1e5
+_TILE_ROWS = (16, 32, 64, 128, 256, 512)
+_ALIGNED = 8  # padded columns are a multiple of it: whole vectors
+_MAX_CELLS = 2**22  # masked cells of a bucket: masks that fit the allocator's reused memory
 _MAX_LENGTHS = 64  # different column counts that the grouping tells apart
 
 
@@ -80,11 +82,12 @@ def _unpack(bits: Bits, keys: int) -> Bools:
 
 
 def _row_choices(queries: int, tile: tuple[int, int] | None) -> list[int]:
-    """Tile heights to try: near the usual ones, but dividing the rows with little left over."""
+    """Tile heights to try: the usual ones, and near them those that leave little over."""
     if tile is not None:
         return [min(tile[0], queries)]
-    heights = {-(-queries // -(-queries // rows)) for rows in _TILE_ROWS if rows < queries}
-    return sorted(heights | {queries})
+    usual = {rows for rows in _TILE_ROWS if rows < queries}
+    even = {-(-queries // -(-queries // rows)) for rows in usual}
+    return sorted(usual | even | {queries})
 
 
 def _choose(bits: Bits, keys: int, choices: list[int]) -> _Tiled:
@@ -118,6 +121,14 @@ def _group(lengths: Ints, rows: int) -> list[Ints]:
     return groups[::-1]
 
 
+def _portions(pairs: _Pairs, group: Ints) -> list[Ints]:
+    """Split a group whose mask of single cells would be too large."""
+    if pairs.clean[group].all():
+        return [group]
+    each = pairs.rows * int(pairs.any[group].sum(1).max())
+    return np.array_split(group, min(len(group), -(-len(group) * each // _MAX_CELLS)))
+
+
 @dataclass(frozen=True)
 class _Pairs:
     """Pairs of one tile height: which unique head, which tile, and their summaries."""
@@ -149,6 +160,8 @@ def _columns(kept: Bools) -> tuple[Ints, Bools]:
     """Kept columns of each pair first, in order, padded to the longest; and which are padding."""
     lengths = kept.sum(1)
     longest = int(lengths.max())
+    if lengths.min() < longest:
+        longest = min(-(-longest // _ALIGNED) * _ALIGNED, kept.shape[1])
     order = np.argsort(~kept, axis=1, kind="stable")[:, :longest]
     padding = np.arange(longest) >= lengths[:, None]
     return np.where(padding, order[:, :1], order), padding
@@ -232,6 +245,7 @@ def build(
             chosen = pairs.take(kind)
             if len(chosen.unique):
                 groups = _group(chosen.any.sum(1), rows)
+                groups = [part for group in groups for part in _portions(chosen, group)]
                 tiles = -(-queries // rows)
                 parts += [_assemble(chosen.take(g), bits, heads, tiles) for g in groups]
     buckets = tuple(bucket for bucket, _ in parts)

@@ -2,85 +2,112 @@
 
 Everything is plain torch on sizes that the layout's spec states, so the graph compilers see
 through it; it is the portable implementation of `fxpress::sparse_attention`, and fast on CPU.
+
+Operands and result are looked at as rows (B, H * N, D), in whichever order of heads and positions
+they lie in memory: a gather of rows then needs no copy before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.ops.mask_layout import Bucket, LayoutSpec
-from fxpress.ops.masked_attention import additive, attend_backward, either, least, split_mask
+from fxpress.ops.masked_attention import additive, attend_backward, either, split_mask
 
 __all__ = ["packed", "packed_backward"]
-
-_SHORT = 256  # columns up to which two batched products beat the fused CPU kernel
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A bucket with its tensors: G pairs (head, tile of R rows), each with C columns."""
+    """A bucket with its tensors: G pairs (head, tile of R rows), each with C columns.
+
+    Rows that a tile has past the end repeat the last row, so that writing them changes nothing.
+    """
 
     bucket: Bucket
-    ids: Tensor | None  # (G,) head * T + tile; None where all pairs are there, in order
-    heads: Tensor  # (G,)
+    heads: Tensor  # (G, 1)
+    rows: Tensor  # (G, R)
     columns: Tensor | None  # (G, C); None where all keys are there, in order
-    dropped: Tensor | None  # (G, 1 or R, C)
+    dropped: Tensor | None  # (1, G, 1 or R, C)
+    repeats: Tensor | None  # (G, R, 1), True at repeated rows; None where there are none
+    whole: bool  # every head, undivided
 
     def take_queries(self, x: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, G, R, D)."""
-        cut = _cut(x, self.bucket.rows)
-        return cut if self.ids is None else cut.index_select(1, self.ids)
+        return x if self.whole else _take(self.heads, self.rows, x)[0]
 
-    def take_keys(self, x: Tensor, group: int) -> Tensor:
-        """(B, Hkv, N, D) -> (B, G, C, D)."""
-        if self.columns is None:
-            whole = self.bucket.natural and self.bucket.pairs == x.shape[1]
-            return x if whole else x.index_select(1, self.heads // group)
-        flat = x.flatten(1, 2).index_select(1, self._flat(x.shape[2], group))
-        return flat.view(-1, *self.columns.shape, x.shape[3])
+    def take_keys(self, k: Tensor, v: Tensor, group: int) -> list[Tensor]:
+        """Two of (B, Hkv, N, D) -> two of (B, G, C, D)."""
+        if self.columns is not None:
+            return _take(self.heads // group, self.columns, k, v)
+        if self.whole and group == 1:
+            return [k, v]
+        return [x.index_select(1, (self.heads // group).flatten()) for x in (k, v)]
 
     def add_keys(self, total: Tensor, part: Tensor, group: int) -> None:
-        """Add (B, G, C, D) into (B, Hkv, N, D), where `take_keys` took it."""
+        """Add (B, G, C, D) into contiguous (B, Hkv, N, D), where `take_keys` takes it from."""
         if self.columns is None:
-            total.index_add_(1, self.heads // group, part)
+            total.index_add_(1, (self.heads // group).flatten(), part)
         else:
-            flat = self._flat(total.shape[2], group)
-            total.flatten(1, 2).index_add_(1, flat, part.flatten(1, 2))
+            index = (self.heads // group * total.shape[2] + self.columns).flatten()
+            total.flatten(1, 2).index_add_(1, index, part.flatten(1, 2))
 
-    def take_mask(self, mask: Tensor, heads: int) -> Tensor:
-        """A run-time mask (B or 1, H or 1, Nq or 1, Nk or 1) -> (.., G or 1, R or 1, C or 1)."""
-        if mask.shape[2] > 1:
-            mask = self.take_queries(mask.expand(-1, heads, -1, -1))
-        elif mask.shape[1] > 1:
-            mask = mask.index_select(1, self.heads)
+    def masks(self, attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """All that is dropped, and what is added, both broadcastable to (B, G, R, C)."""
+        if attn_mask is None:
+            return self.dropped, None
+        dropped, bias = split_mask(self._take_mask(attn_mask))
+        return either(self.dropped, dropped), bias
+
+    def _take_mask(self, mask: Tensor) -> Tensor:
+        """(B or 1, H or 1, Nq or 1, Nk or 1) -> (B or 1, G or 1, R or 1, C or 1)."""
+        first = torch.zeros_like(self.heads)
+        heads = self.heads if mask.shape[1] > 1 else first
+        rows = self.rows if mask.shape[2] > 1 else first
+        mask = mask[:, heads, rows]
         if self.columns is None or mask.shape[3] == 1:
             return mask
-        pairs = self.columns.shape[0]
         index = self.columns[None, :, None].expand(mask.shape[0], -1, mask.shape[2], -1)
-        return mask.expand(-1, pairs, -1, -1).gather(3, index)
-
-    def _flat(self, keys: int, group: int) -> Tensor:
-        assert self.columns is not None
-        return (self.columns + (self.heads // group * keys).unsqueeze(1)).flatten()
+        return mask.gather(3, index)
 
 
-def _cut(x: Tensor, rows: int) -> Tensor:
-    """(B, H, N, D) -> tiles (B, H * T, rows, D), padded with zeros where rows are missing."""
-    short = -x.shape[2] % rows
-    x = F.pad(x, (0, 0, 0, short)) if short else x
-    return x.reshape(x.shape[0], -1, rows, x.shape[3])
+def _by_position(x: Tensor) -> bool:
+    """Whether (B, H, N, D) lies in memory as (B, N, H, D)."""
+    return x.transpose(1, 2).is_contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> rows (B, H * N, D) in the order of memory."""
+    return (x.transpose(1, 2) if _by_position(x) else x).flatten(1, 2)
+
+
+def _index(x: Tensor, heads: Tensor, rows: Tensor) -> Tensor:
+    """Where rows (G, R) of heads (G, 1) are in `_flat(x)`, (G * R,)."""
+    index = rows * x.shape[1] + heads if _by_position(x) else heads * x.shape[2] + rows
+    return index.flatten()
+
+
+def _take(heads: Tensor, rows: Tensor, *operands: Tensor) -> list[Tensor]:
+    """Gather rows (G, R) of heads (G, 1) from operands (B, H, N, D) of one H and N."""
+    orders = {_by_position(x): x for x in operands}
+    index = {order: _index(x, heads, rows) for order, x in orders.items()}
+    taken = [_flat(x).index_select(1, index[_by_position(x)]) for x in operands]
+    return [rows_taken.view(-1, *rows.shape, rows_taken.shape[2]) for rows_taken in taken]
 
 
 def _pieces(facts: LayoutSpec, tensors: list[Tensor]) -> Iterator[_Piece]:
     heads, queries, keys = facts.shape
+    device = tensors[0].device
     rest = iter(tensors[3 if facts.empty else 2 :])
     for bucket in facts.buckets:
-        ids = None if bucket.natural else next(rest)
+        tiles = -(-queries // bucket.rows)
+        ids = torch.arange(heads * tiles, device=device) if bucket.natural else next(rest)
         source = next(rest) if bucket.shared else None
         columns = next(rest) if bucket.gathered else None
         dropped = next(rest) if bucket.mask in ("columns", "cells") else None
@@ -88,45 +115,40 @@ def _pieces(facts: LayoutSpec, tensors: list[Tensor]) -> Iterator[_Piece]:
             columns = None if columns is None else columns.index_select(0, source)
             dropped = None if dropped is None else dropped.index_select(0, source)
         if bucket.mask == "causal":
-            dropped = tensors[0].new_ones(queries, keys, dtype=torch.bool).triu(1)[None]
-        tiles = -(-queries // bucket.rows)
-        pair = torch.arange(heads * tiles, device=tensors[0].device) if ids is None else ids
-        yield _Piece(bucket, ids, pair // tiles, columns, dropped)
+            dropped = torch.ones(1, queries, keys, dtype=torch.bool, device=device).triu(1)
+        rows = (ids % tiles * bucket.rows)[:, None] + torch.arange(bucket.rows, device=device)
+        ragged = queries % bucket.rows > 0
+        yield _Piece(
+            bucket,
+            heads=(ids // tiles)[:, None],
+            rows=rows.clamp_max(queries - 1) if ragged else rows,
+            columns=columns,
+            dropped=None if dropped is None else dropped[None],
+            repeats=(rows >= queries).unsqueeze(-1) if ragged else None,
+            whole=bucket.natural and tiles == 1,
+        )
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, dropped: Tensor | None, bias: Tensor | None, scale: float
+def _attend_piece(
+    piece: _Piece, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention of q (B, G, R, D) over k, v (B, G, C, D); rows that keep nothing hold anything."""
+    """Attention of one piece; what a run-time mask empties is 0."""
+    if piece.bucket.mask == "causal" and attn_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    dropped, bias = piece.masks(attn_mask)
     if k.shape[2] == 1 and dropped is None:
         return v.expand(-1, -1, q.shape[2], -1)
-    wide = q.dtype in (torch.float32, torch.float64)
-    if k.shape[2] > _SHORT or not wide or q.device.type != "cpu":
-        mask = additive(dropped, bias, q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    flat = (x.flatten(0, 1) for x in (q, k.mT))
-    scores = torch.baddbmm(q.new_zeros(()), *flat, beta=0, alpha=scale).view(*q.shape[:3], -1)
-    scores = scores if bias is None else scores + bias
-    scores = scores if dropped is None else scores.masked_fill_(dropped, least(scores.dtype))
-    return scores.softmax(-1) @ v
+    mask = additive(dropped, bias, q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if attn_mask is None or dropped is None:
+        return out
+    return out.masked_fill(dropped.all(-1, keepdim=True), 0.0)
 
 
-def _attend_run_time(
-    piece: _Piece, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, heads: int, scale: float
-) -> Tensor:
-    """`_attend` with a run-time mask on top; rows that keep nothing are 0."""
-    dropped, bias = _masks(piece, attn_mask, heads)
-    out = _attend(q, k, v, dropped, bias, scale)
-    return out if dropped is None else out.masked_fill(dropped.all(-1, keepdim=True), 0.0)
-
-
-def _masks(
-    piece: _Piece, attn_mask: Tensor | None, heads: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """What a piece drops in all, broadcastable to (B, G, R, C), and what is added."""
-    taken = None if attn_mask is None else piece.take_mask(attn_mask, heads)
-    dropped, bias = split_mask(taken)
-    return either(piece.dropped, dropped), bias
+def _covers(facts: LayoutSpec) -> bool:
+    """Whether the buckets hold every query row."""
+    heads, queries, _ = facts.shape
+    return sum(Fraction(b.pairs, -(-queries // b.rows)) for b in facts.buckets) == heads
 
 
 def packed(
@@ -139,33 +161,19 @@ def packed(
     scale: float,
 ) -> Tensor:
     """Attention over a layout's buckets; shapes as in `sparse_attention`, sizes the layout's."""
-    (batch, heads, queries, _), group = q.shape, q.shape[1] // k.shape[1]
-    outs: dict[int, Tensor] = {}
+    group = q.shape[1] // k.shape[1]
+    batch, heads, queries, _ = q.shape
+    make = q.new_empty if _covers(facts) else q.new_zeros
+    out = make(batch, queries, heads, v.shape[3]).transpose(1, 2)
     for piece in _pieces(facts, tensors):
-        rows = piece.bucket.rows
-        taken = piece.take_queries(q), piece.take_keys(k, group), piece.take_keys(v, group)
-        if attn_mask is not None:
-            part = _attend_run_time(piece, *taken, attn_mask, heads, scale)
-        elif piece.bucket.mask == "causal":
-            part = F.scaled_dot_product_attention(*taken, is_causal=True, scale=scale)
+        taken = piece.take_queries(q), *piece.take_keys(k, v, group)
+        part = _attend_piece(piece, *taken, attn_mask, scale)
+        if piece.whole:
+            out = part
         else:
-            part = _attend(*taken, piece.dropped, None, scale)
-        if piece.ids is None:
-            outs[rows] = part
-        else:
-            if rows not in outs:
-                outs[rows] = q.new_zeros(batch, heads * -(-queries // rows), rows, v.shape[-1])
-            outs[rows].index_copy_(1, piece.ids, part)
-    out = _join(outs, heads, queries)
-    if out is None:  # the layout keeps nothing at all
-        return q.new_zeros(batch, heads, queries, v.shape[-1])
+            index = _index(out, piece.heads, piece.rows)
+            _flat(out).index_copy_(1, index, part.flatten(1, 2))
     return out.masked_fill(tensors[2][tensors[1]].unsqueeze(-1), 0.0) if facts.empty else out
-
-
-def _join(outs: dict[int, Tensor], heads: int, queries: int) -> Tensor | None:
-    """Tiles by height, each 0 where another height's heads are -> (B, H, Nq, D)."""
-    parts = [o.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, :queries] for o in outs.values()]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].contiguous() if parts else None
 
 
 def packed_backward(
@@ -179,29 +187,19 @@ def packed_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed` with respect to q, k and v."""
-    (batch, heads, queries, width), group = q.shape, q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    outs: dict[int, Tensor] = {}
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for piece in _pieces(facts, tensors):
-        rows = piece.bucket.rows
-        dropped, bias = _masks(piece, attn_mask, heads)
+        dropped, bias = piece.masks(attn_mask)
+        idle = None if dropped is None else dropped.all(-1, keepdim=True)
+        idle = either(idle, piece.repeats)
         g = piece.take_queries(grad)
-        g = g if dropped is None else g.masked_fill(dropped.all(-1, keepdim=True), 0.0)
-        taken = piece.take_queries(q), piece.take_keys(k, group), piece.take_keys(v, group)
+        g = g if idle is None else g.masked_fill(idle, 0.0)
+        taken = piece.take_queries(q), *piece.take_keys(k, v, group)
         parts = attend_backward(g, *taken, dropped, bias, scale)
-        if rows not in outs:
-            outs[rows] = torch.zeros(
-                batch, heads * -(-queries // rows), rows, width, dtype=wide, device=q.device
-            )
-        outs[rows] = outs[rows].index_add(1, _ids(piece), parts[0])
+        index = _index(dq, piece.heads, piece.rows)
+        _flat(dq).index_add_(1, index, parts[0].flatten(1, 2))
         piece.add_keys(dk, parts[1], group)
         piece.add_keys(dv, parts[2], group)
-    dq = _join(outs, heads, queries)
-    return (torch.zeros_like(q) if dq is None else dq.to(q.dtype)), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _ids(piece: _Piece) -> Tensor:
-    if piece.ids is not None:
-        return piece.ids
-    return torch.arange(piece.bucket.pairs, device=piece.heads.device)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
