@@ -1,45 +1,53 @@
-"""The places in a program that passes work on: attention and linear sites.
-
-A site is a call, not a module: a layer that is called twice has two sites. Its name is the path of
-the module that makes the call, with `#2`, `#3` ... for further calls at the same path; passes that
-replace the call keep its place, so the name is the same before and after.
-"""
+"""The places in a program that passes work on: attention and linear maps, by stable names."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from fxpress.passes.dataflow import argument, mask_factors, peel, sizes
 from fxpress.program import Program, module_path
 
-__all__ = ["AttentionSite", "attention_sites", "site_name"]
+__all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
 
 aten = torch.ops.aten
 
-SDPA = aten.scaled_dot_product_attention.default
+_ATTENTION = aten.scaled_dot_product_attention.default
+_PROJECTIONS = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1}
+_PROJECTIONS |= {aten.matmul.default: 1, aten.conv1d.default: 1, aten.conv2d.default: 1}
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.t.default,
+)
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One call of attention in canonical form.
+    """One attention call.
 
     Attributes:
-        name: unique in the model, stable across passes.
-        node: the `scaled_dot_product_attention` call.
+        name: module path, with `#n` from the second call in the same module on.
+        node: the call.
         path: module path within the program.
         kind: `"self"`, `"causal"` or `"cross"`.
-        q, k, v: (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv); k and v before heads are
-            repeated.
-        mask: the run-time mask as it is given to the call, or None.
-        padding: what remains of the mask without its constant causal factor, or None.
-        is_causal: whether row i sees no key after i, by flag or by a constant factor of the mask.
-        scale: factor of the scores.
-        shape: (B, H, Hkv, Nq, Nk, D, Dv); for dynamic sizes those of the captured call.
+        q: queries (B, H, Nq, D).
+        k: keys (B, Hkv, Nk, D).
+        v: values (B, Hkv, Nk, Dv).
+        mask: the mask argument, or None.
+        padding: what is left of the mask where causality is split off it; broadcasts to
+            (B, H, Nq, Nk); boolean or additive.
+        is_causal: by flag, or by a constant factor of the mask; aligned at the first row.
+        scale: of the scores.
+        heads: H.
+        shape: (B, H, Hkv, Nq, Nk, D, Dv); dynamic sizes as captured.
     """
 
     name: str
@@ -53,64 +61,140 @@ class AttentionSite:
     padding: fx.Node | None
     is_causal: bool
     scale: float
+    heads: int
     shape: tuple[int, int, int, int, int, int, int]
 
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.shape[1]
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear map by a weight of the model.
+
+    Attributes:
+        name: module path, with `#n` from the second call in the same module on.
+        node: the `aten.linear` call.
+        weight: name of the weight.
+        shape: (m, n), output and input features.
+        tokens: vectors that one call maps, as captured.
+    """
+
+    name: str
+    node: fx.Node
+    weight: str
+    shape: tuple[int, int]
+    tokens: int
 
 
 def attention_sites(program: Program) -> list[AttentionSite]:
-    """Every canonical attention of a program (4-D, no dropout), in graph order."""
-    return [
-        _attention_site(node, name)
-        for name, node in _named_attention(program)
-        if node.target is SDPA and _is_canonical(node)
-    ]
+    """Every attention call on four-dimensional tensors, in graph order.
 
-
-def _named_attention(program: Program) -> Iterator[tuple[str, fx.Node]]:
-    targets = (SDPA, torch.ops.fxpress.sparse_attention.default)
-    seen: Counter[str] = Counter()
+    Attention that was already put under a static mask keeps the name it had.
+    """
+    sparse = getattr(torch.ops.fxpress, "sparse_attention", None)
+    targets = {_ATTENTION} | ({sparse.default} if sparse is not None else set())
+    found: list[AttentionSite] = []
+    names = _Names(program)
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in targets:
-            name = site_name(program, node)
-            seen[name] += 1
-            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), node
+        if node.op != "call_function" or node.target not in targets:
+            continue
+        name = names.next(node)
+        if node.args[0].meta["val"].ndim == 4:
+            found.append(_attention_site(program, node, name))
+    return found
 
 
-def site_name(program: Program, node: fx.Node) -> str:
-    """Path of the module call that makes a node, within the whole model."""
-    return f"{program.path}.{module_path(node)}".strip(".") or "root"
+class _Names:
+    """Names by module path, counted."""
+
+    def __init__(self, program: Program) -> None:
+        self._region = program.path
+        self._seen: dict[str, int] = {}
+
+    def next(self, node: fx.Node) -> str:
+        path = ".".join(part for part in (self._region, module_path(node)) if part)
+        count = self._seen[path] = self._seen.get(path, 0) + 1
+        provenance = node.meta.get("provenance")
+        if provenance is not None and provenance.site:
+            return str(provenance.site)
+        return path if count == 1 else f"{path}#{count}"
 
 
-def _is_canonical(node: fx.Node) -> bool:
-    dropout = node.args[4] if len(node.args) > 4 else 0.0
-    return dropout == 0.0 and all(a.meta["val"].ndim == 4 for a in node.args[:3])
-
-
-def _attention_site(node: fx.Node, name: str) -> AttentionSite:
-    q, k, v, mask, _, is_causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
-    (b, h, nq, d), (_, hkv, nk, _), dv = q.meta["val"].shape, k.meta["val"].shape, v.meta["val"].shape[-1]
-    scale = node.kwargs.get("scale")
+def _attention_site(program: Program, node: fx.Node, name: str) -> AttentionSite:
+    q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
+    if node.target is _ATTENTION:
+        mask, is_causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal"))
+        scale = node.kwargs.get("scale")
+    else:
+        mask, is_causal = argument(node, 5, "attn_mask"), bool(argument(node, 6, "is_causal"))
+        scale = argument(node, 7, "scale")
+    (batch, heads, queries, width), (_, kv_heads, keys, _) = sizes(q), sizes(k)
+    padding = None
+    if mask is not None and not is_causal:
+        factors = mask_factors(program, mask, (queries, keys))
+        if factors.is_causal and len(factors.rest) <= 1:
+            is_causal, padding = True, next(iter(factors.rest), None)
     return AttentionSite(
-        name,
-        node,
-        module_path(node),
-        "causal" if is_causal else "self",
-        q,
-        k,
-        v,
-        mask,
-        mask,
-        bool(is_causal),
-        1 / math.sqrt(d) if scale is None else float(scale),
-        tuple(int(size) for size in (b, h, hkv, nq, nk, d, dv)),
+        name=name,
+        node=node,
+        path=module_path(node),
+        kind=_kind(q, k, is_causal),
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        padding=padding,
+        is_causal=is_causal,
+        scale=float(scale) if scale is not None else width**-0.5,
+        heads=heads,
+        shape=(batch, heads, kv_heads, queries, keys, width, sizes(v)[-1]),
     )
 
 
-def linear_sites(program: Program) -> list[object]:
-    """Every linear layer with a constant weight."""
-    del program
-    return []
+def _kind(q: fx.Node, k: fx.Node, is_causal: bool) -> str:
+    if not _sources(q) & _sources(k):
+        return "cross"
+    return "causal" if is_causal else "self"
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """The sequences that a tensor was projected from; without a projection, the inputs."""
+    projected: set[fx.Node] = set()
+    inputs: set[fx.Node] = set()
+    stack, seen = [node], set()
+    while stack:
+        top = stack.pop()
+        if top in seen:
+            continue
+        seen.add(top)
+        if (source := _projected(top)) is not None:
+            projected.add(peel(source, _RESHAPES))
+        elif top.op == "placeholder":
+            inputs.add(top)
+        else:
+            stack += top.all_input_nodes
+    return projected or inputs
+
+
+def _projected(node: fx.Node) -> fx.Node | None:
+    """The input of a product with a weight."""
+    position = _PROJECTIONS.get(node.target) if node.op == "call_function" else None
+    if position is None:
+        return None
+    source, weight = node.args[position - 1], node.args[position]
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    return source if peel(weight, _RESHAPES).op == "get_attr" else None
+
+
+def linear_sites(program: Program) -> list[LinearSite]:
+    """Every `aten.linear` by a weight of the model, in graph order."""
+    found: list[LinearSite] = []
+    names = _Names(program)
+    for node in program.calls(aten.linear.default):
+        source, weight = node.args[:2]
+        assert isinstance(source, fx.Node)
+        assert isinstance(weight, fx.Node)
+        if weight.op == "get_attr":
+            m, n = sizes(weight)
+            tokens = math.prod(sizes(source)[:-1])
+            found.append(LinearSite(names.next(node), node, str(weight.target), (m, n), tokens))
+    return found
