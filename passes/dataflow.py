@@ -80,7 +80,7 @@ def is_noop(node: fx.Node) -> bool:
     if not isinstance(value, Tensor) or not isinstance(origin, Tensor):
         return False
     if node.target is aten.dropout.default:
-        return not node.args[2] or node.args[1] == 0.0
+        return node.args[2] is False or node.args[1] == 0.0
     if node.target in _SAME_VALUE:
         return True
     if node.target in _CASTS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +18,7 @@ __all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
 aten = torch.ops.aten
 
 _ATTENTION = aten.scaled_dot_product_attention.default
-_PROJECTIONS = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1}
+_PROJECTIONS: dict[Any, int] = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1}
 _PROJECTIONS |= {aten.matmul.default: 1, aten.conv1d.default: 1, aten.conv2d.default: 1}
 _RESHAPES = (
     aten.view.default,
@@ -34,7 +36,7 @@ class AttentionSite:
     """One attention call.
 
     Attributes:
-        name: module path, with `#n` from the second call in the same module on.
+        name: module path (`root` for the root), with `#n` from the second call there on.
         node: the call.
         path: module path within the program.
         kind: `"self"`, `"causal"` or `"cross"`.
@@ -87,46 +89,48 @@ class LinearSite:
 def attention_sites(program: Program) -> list[AttentionSite]:
     """Every attention call on four-dimensional tensors, in graph order.
 
-    Attention that was already put under a static mask keeps the name it had.
+    Attention that was put under a static mask is no site any more, but counts for the names.
     """
-    sparse = getattr(torch.ops.fxpress, "sparse_attention", None)
-    targets = {_ATTENTION} | ({sparse.default} if sparse is not None else set())
     found: list[AttentionSite] = []
     names = _Names(program)
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in targets:
-            continue
-        name = names.next(node)
-        if node.args[0].meta["val"].ndim == 4:
-            found.append(_attention_site(program, node, name))
+        if node.op == "call_function" and node.target in (_ATTENTION, _sparse_attention()):
+            name = names.next(node)
+            if node.target is _ATTENTION and _is_canonical(node):
+                found.append(_attention_site(program, node, name))
     return found
 
 
+def _sparse_attention() -> Any:
+    packet = getattr(torch.ops.fxpress, "sparse_attention", None)
+    return packet.default if packet is not None else None
+
+
+def _is_canonical(node: fx.Node) -> bool:
+    q = node.args[0]
+    assert isinstance(q, fx.Node)
+    return argument(node, 4, "dropout_p", 0.0) == 0.0 and q.meta["val"].ndim == 4
+
+
 class _Names:
-    """Names by module path, counted."""
+    """Names by module path, counted: the same before and after a call is replaced."""
 
     def __init__(self, program: Program) -> None:
         self._region = program.path
-        self._seen: dict[str, int] = {}
+        self._seen: Counter[str] = Counter()
 
     def next(self, node: fx.Node) -> str:
-        path = ".".join(part for part in (self._region, module_path(node)) if part)
-        count = self._seen[path] = self._seen.get(path, 0) + 1
-        provenance = node.meta.get("provenance")
-        if provenance is not None and provenance.site:
-            return str(provenance.site)
-        return path if count == 1 else f"{path}#{count}"
+        parts = (self._region, module_path(node))
+        path = ".".join(part for part in parts if part) or "root"
+        self._seen[path] += 1
+        return path if self._seen[path] == 1 else f"{path}#{self._seen[path]}"
 
 
 def _attention_site(program: Program, node: fx.Node, name: str) -> AttentionSite:
     q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
-    if node.target is _ATTENTION:
-        mask, is_causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal"))
-        scale = node.kwargs.get("scale")
-    else:
-        mask, is_causal = argument(node, 5, "attn_mask"), bool(argument(node, 6, "is_causal"))
-        scale = argument(node, 7, "scale")
+    mask, is_causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
     (batch, heads, queries, width), (_, kv_heads, keys, _) = sizes(q), sizes(k)
+    scale: Any = node.kwargs.get("scale")
     padding = None
     if mask is not None and not is_causal:
         factors = mask_factors(program, mask, (queries, keys))
