@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxpress.capture import Call
 from fxpress.errors import CalibrationError, PlanError
 
-__all__ = ["Quality", "divergence", "kl_divergence"]
+__all__ = ["Quality", "divergence", "float_outputs", "kl_divergence", "logit_outputs"]
 
 _CACHE_BYTES = 1 << 30
 _DEFAULT_RMS = {torch.float64: 0.02, torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.05}
@@ -27,14 +27,15 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
-def _logits(output: Any) -> list[Tensor]:
+def logit_outputs(output: Any) -> list[Tensor]:
     """Outputs that are logits by name: a field or key called `logits`."""
     leaves, _ = pytree.tree_flatten_with_path(output)
     named = [(str(path[-1]) if path else "", leaf) for path, leaf in leaves]
     return [leaf for name, leaf in named if "logits" in name and isinstance(leaf, Tensor)]
 
 
-def _floats(output: Any) -> list[Tensor]:
+def float_outputs(output: Any) -> list[Tensor]:
+    """All floating-point tensors of an output."""
     leaves = pytree.tree_leaves(output)
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
@@ -44,11 +45,11 @@ def divergence(reference: Any, candidate: Any) -> float:
 
     The largest over the tensors counts; NaN in the candidate counts as infinite.
     """
-    if logits := _logits(reference):
-        pairs = zip(logits, _logits(candidate), strict=True)
+    if logits := logit_outputs(reference):
+        pairs = zip(logits, logit_outputs(candidate), strict=True)
         values = [float(kl_divergence(r, c)) for r, c in pairs]
     else:
-        pairs = zip(_floats(reference), _floats(candidate), strict=True)
+        pairs = zip(float_outputs(reference), float_outputs(candidate), strict=True)
         values = [_relative_rms(r, c) for r, c in pairs]
     return max((math.inf if math.isnan(v) else max(v, 0.0) for v in values), default=0.0)
 
@@ -109,8 +110,8 @@ class Quality:
             return quality
         quality = Quality(model, calls, None, 0.0)
         output = quality._reference(0)
-        logits = bool(_logits(output))
-        dtype = _floats(output)[0].dtype if _floats(output) else torch.float32
+        logits = bool(logit_outputs(output))
+        dtype = float_outputs(output)[0].dtype if float_outputs(output) else torch.float32
         default = (_DEFAULT_KL if logits else _DEFAULT_RMS)[dtype]
         quality.budget = default if max_divergence is None else max_divergence
         quality.metric = "KL divergence of logits (nats)" if logits else "relative RMS of outputs"
@@ -148,8 +149,8 @@ class Quality:
         args, kwargs = self.calls[index]
         with torch.no_grad():
             output = self.model(*args, **kwargs)
-        size = sum(t.nbytes for t in _floats(output))
-        kept = sum(t.nbytes for o in self._references for t in _floats(o))
+        size = sum(t.nbytes for t in float_outputs(output))
+        kept = sum(t.nbytes for o in self._references for t in float_outputs(o))
         if index == len(self._references) and kept + size <= _CACHE_BYTES:
             self._references.append(output)
         return output

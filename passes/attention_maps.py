@@ -74,21 +74,21 @@ def _one(
     group = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     queries, keys = q.shape[1], k.shape[1]
-    scores = (q @ k.transpose(-1, -2)) * site.scale
-    allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+    # Whole maps are large: every step over one is taken only where it changes something.
+    scores = (q * site.scale) @ k.transpose(-1, -2)
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if site.is_causal:
-        allowed = allowed.tril()
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    valid = torch.ones(keys, dtype=torch.bool, device=q.device)
-    if mask is not None:
-        bias = mask.float() if mask.dtype != torch.bool else None
-        open_ = mask if bias is None else bias > torch.finfo(mask.dtype).min / 2
-        scores = scores.masked_fill(~open_, -torch.inf) if bias is None else scores + bias
-        valid = _valid_keys(open_, allowed)
-        _refuse_left_padding(valid, site)
-    p = scores.softmax(-1)
+        causal = causal.tril()
+        scores = scores.masked_fill_(~causal, -torch.inf)
+    if mask is None:
+        whole = causal.new_ones(keys)
+        return AttentionCall(scores.softmax(-1), v, whole.new_ones(queries), whole)
+    is_open = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    scores = scores.masked_fill(~is_open, -torch.inf) if is_open is mask else scores + mask.float()
+    valid = _valid_keys(is_open, causal)
+    _refuse_left_padding(valid, site)
     reachable = (scores > torch.finfo(torch.float32).min / 2).any(-1, keepdim=True)
-    p = torch.where(reachable, p, 0.0)
+    p = torch.where(reachable, scores.softmax(-1), 0.0)
     own = valid if queries == keys and site.kind != "cross" else valid.new_ones(queries)
     return AttentionCall(p, v, own, valid)
 

@@ -5,11 +5,12 @@ of columns (by mean attention, by effect, a window with the first keys), each cu
 the error of the tile's output under every cut is measured on calibration data, and one Lagrange
 multiplier trades error against cost over all tiles of all sites at once.
 
-    error(tile, cut) = sum over rows i of |W_o (o'_i - o_i)|^2,    o' = attention over the cut
+    error(tile, cut) = sum over rows i of w_i |o'_i - o_i|^2,    o' = attention over the cut
     choice(tile)     = argmin over cuts of error + lambda * cost
 
-The effect of one column, to first order, is p_ij^2 |W_o (v_j - o_i)|^2. Errors of rows are
-additive, which is what makes the choice per tile independent of all others.
+w_i is what the model's output minds of an error in row i (`sensitivity`). The effect of one column,
+to first order, is w_i p_ij^2 |v_j - o_i|^2. Errors of rows are additive, which is what makes the
+choice per tile independent of all others.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def _tiles(x: Tensor, rows: int, tiles: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).unflatten(1, (tiles, rows))
 
 
-def _measured(call: AttentionCall, metric: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities of valid rows, and values in the metric of the output projection."""
-    v = call.v if metric is None else call.v @ metric
-    return call.p * call.valid_queries[:, None], v
+def _valid_p(call: AttentionCall) -> Tensor:
+    """Probabilities, zero in rows of padding."""
+    whole = bool(call.valid_queries.all())
+    return call.p if whole else call.p * call.valid_queries[:, None]
 
 
 @dataclass
@@ -51,10 +52,11 @@ class ColumnRanks:
     """Orders the key columns of every (head, tile of rows) of a site, most valuable first.
 
     Attributes:
-        site: the attention; its sizes are those of the longest call.
+        site: the attention.
+        queries, keys: sizes of the longest call.
         rows: query rows of a tile.
         unit: neighboring columns that are kept or dropped together.
-        metric: (H, Dv, Dv) factor L with W_o^T W_o = L L^T, or None for plain errors.
+        weights: (H, Nq), what an error in each row counts; ones when None.
     """
 
     site: AttentionSite
@@ -62,12 +64,16 @@ class ColumnRanks:
     keys: int
     rows: int
     unit: int = 1
-    metric: Tensor | None = None
+    weights: Tensor | None = None
     mass: Tensor = field(init=False)
     effect: Tensor = field(init=False)
+    row_weights: Tensor = field(init=False)  # (H, T, rows, 1)
 
     def __post_init__(self) -> None:
         shape = (self.site.heads, self.tiles, self.keys)
+        plain = torch.ones(self.site.heads, self.queries)
+        weights = plain if self.weights is None else self.weights
+        self.row_weights = _tiles(weights[..., None], self.rows, self.tiles)
         self.mass, self.effect = torch.zeros(shape), torch.zeros(shape)
 
     @property
@@ -83,20 +89,28 @@ class ColumnRanks:
     def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
         """Add one call."""
         for call in attention_calls(self.site, inputs):
-            p, v = _measured(call, self.metric)
+            p, v = _valid_p(call), call.v
             o = p @ v
             p, o = _tiles(p, self.rows, self.tiles), _tiles(o, self.rows, self.tiles)
             self.mass[..., : p.shape[-1]] += p.sum(2)
-            square = p.square()
-            cross = (square.transpose(-1, -2) @ o * v[:, None]).sum(-1)
-            near = square.sum(2) * v.square().sum(-1)[:, None]
-            far = (square * o.square().sum(-1, keepdim=True)).sum(2)
-            self.effect[..., : p.shape[-1]] += (near - 2 * cross + far).clamp_min(0)
+            # sum_i w_i p_ij^2 |v_j - o_i|^2, multiplied out: one product with (o, 1, |o|^2).
+            length = o.square().sum(-1, keepdim=True)
+            columns = torch.cat([o, torch.ones_like(length), length], -1) * self.row_weights
+            sums = p.square().transpose(-1, -2) @ columns
+            cross, near, far = sums[..., :-2], sums[..., -2], sums[..., -1]
+            near = near * v.square().sum(-1)[:, None]
+            effect = near - 2 * (cross * v[:, None]).sum(-1) + far
+            self.effect[..., : p.shape[-1]] += effect.clamp_min(0)
 
     def live(self) -> Tensor:
         """Columns that some row of a tile can see, bool (T, Nk)."""
         cells = live_cells(self.queries, self.keys, self.site.is_causal)
-        return _tiles(cells[None].to(torch.uint8), self.rows, self.tiles)[0].any(1)
+        return _tiles(cells[None], self.rows, self.tiles)[0].any(1)
+
+    def fill(self) -> Tensor:
+        """Share of each tile's rows that exist (T,)."""
+        first = torch.arange(self.tiles) * self.rows
+        return (self.queries - first).clamp_max(self.rows).double() / self.rows
 
     def orders(self) -> Tensor:
         """Column indices by falling value, (families, H, T, Nk); dead columns last."""
@@ -152,7 +166,7 @@ class ColumnErrors:
         """Add one call."""
         ranks = self.ranks
         for call in attention_calls(ranks.site, inputs):
-            p, v = _measured(call, ranks.metric)
+            p, v = _valid_p(call), call.v
             o = _tiles(p @ v, ranks.rows, ranks.tiles)[:, :, ::_ROW_STRIDE]
             p = _tiles(p, ranks.rows, ranks.tiles)[:, :, ::_ROW_STRIDE]
             p = F.pad(p, (0, ranks.keys - p.shape[-1]))
@@ -162,6 +176,7 @@ class ColumnErrors:
 
     def _family(self, p: Tensor, v: Tensor, o: Tensor, order: Tensor) -> Tensor:
         """Errors (H, T, cuts) of one nested family, by sums over its growing parts."""
+        rows = self.ranks.row_weights[:, :, ::_ROW_STRIDE]
         total, weight = torch.zeros_like(o), torch.zeros_like(o[..., :1])
         errors, start = [], 0
         for size in self.sizes:
@@ -170,7 +185,8 @@ class ColumnErrors:
             flat = part.flatten(1)[..., None].expand(-1, -1, v.shape[-1])
             total = total + kept @ v.gather(1, flat).unflatten(1, part.shape[1:])
             weight = weight + kept.sum(-1, keepdim=True)
-            errors.append((total / weight.clamp_min(1e-20) - o).square().sum((-1, -2)))
+            error = (total / weight.clamp_min(1e-20) - o).square() * rows
+            errors.append(error.sum((-1, -2)))
             start = size
         return torch.stack(errors, -1)
 
@@ -180,7 +196,8 @@ class ColumnErrors:
         sizes = torch.tensor(self.sizes)
         kept = torch.minimum(sizes[None], live[:, None])
         cost = tile_cost(kept.double(), live[:, None].double())
-        return torch.where(kept >= live[:, None], live[:, None].double(), cost)
+        cost = torch.where(kept >= live[:, None], live[:, None].double(), cost)
+        return cost * self.ranks.fill()[:, None]
 
     def mask(self, family: Tensor, cut: Tensor) -> Tensor:
         """The mask (H, Nq, Nk) of a choice of family and cut per (H, T); no row is left empty."""
