@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpress.passes.dataflow import argument, mask_factors, peel, sizes
+from fxpress.passes.dataflow import RESHAPES, argument, mask_factors, peel, sizes
 from fxpress.program import Program, module_path
 
 __all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
@@ -20,15 +20,6 @@ aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _PROJECTIONS: dict[Any, int] = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1}
 _PROJECTIONS |= {aten.matmul.default: 1, aten.conv1d.default: 1, aten.conv2d.default: 1}
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.t.default,
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ def _sparse_attention() -> Any:
 def _is_canonical(node: fx.Node) -> bool:
     q = node.args[0]
     assert isinstance(q, fx.Node)
-    return argument(node, 4, "dropout_p", 0.0) == 0.0 and q.meta["val"].ndim == 4
+    return bool(argument(node, 4, "dropout_p", 0.0) == 0.0 and q.meta["val"].ndim == 4)
 
 
 class _Names:
@@ -170,7 +161,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
             continue
         seen.add(top)
         if (source := _projected(top)) is not None:
-            projected.add(peel(source, _RESHAPES))
+            projected.add(peel(source, RESHAPES))
         elif top.op == "placeholder":
             inputs.add(top)
         else:
@@ -186,7 +177,7 @@ def _projected(node: fx.Node) -> fx.Node | None:
     source, weight = node.args[position - 1], node.args[position]
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
-    return source if peel(weight, _RESHAPES).op == "get_attr" else None
+    return source if peel(weight, RESHAPES).op == "get_attr" else None
 
 
 def linear_sites(program: Program) -> list[LinearSite]:
