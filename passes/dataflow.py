@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from fxpress.program import Program, attribute
 
 __all__ = [
+    "CASTS",
+    "RESHAPES",
     "Constants",
     "MaskFactors",
     "argument",
@@ -43,7 +45,16 @@ _SHAPE_ONLY = {
     aten.full_like.default,
 }
 _SAME_VALUE = {aten.alias.default, aten.contiguous.default, aten.clone.default}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device}
+RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.t.default,
+)
 _AND = {
     aten.__and__.Tensor,
     aten.bitwise_and.Tensor,
@@ -80,12 +91,12 @@ def is_noop(node: fx.Node) -> bool:
     if not isinstance(value, Tensor) or not isinstance(origin, Tensor):
         return False
     if node.target is aten.dropout.default:
-        return node.args[2] is False or node.args[1] == 0.0
+        return node.args[2] is False
     if node.target in _SAME_VALUE:
         return True
-    if node.target in _CASTS:
-        return value.dtype == origin.dtype
-    return node.target is aten.expand.default and sizes(node) == sizes(source)
+    if node.target in CASTS:
+        return bool(value.dtype == origin.dtype)
+    return node.target is aten.expand.default and bool(sizes(node) == sizes(source))
 
 
 def peel(node: fx.Node, also: Iterable[Any] = ()) -> fx.Node:
