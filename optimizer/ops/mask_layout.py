@@ -332,6 +332,7 @@ def compile_mask(
     device: torch.device | str = "cuda",
     *,
     universe: Tensor | None = None,
+    form: str | None = None,
 ) -> MaskLayout:
     """Compile a static attention mask for one device.
 
@@ -343,12 +344,18 @@ def compile_mask(
         device: where the layout will be used; its type decides the form.
         universe: bool cells that could be kept at all (causally possible, not padding), the base
             of `live_density`; all cells when None.
+        form: "tiles" or "buckets", instead of what suits the device (to inspect, or to compile
+            where the device is not).
 
     Raises:
-        PlanError: if mask, tile or universe has the wrong dtype or shape.
+        PlanError: if mask, tile or universe has the wrong dtype or shape, or there is no such form.
     """
     from fxpress.ops import layout_buckets, layout_tiles
 
+    builders: dict[str, Any] = {"tiles": layout_tiles.build, "buckets": layout_buckets.build}
+    form = form or _form(torch.device(device))
+    if form not in builders:
+        raise PlanError(f"there is no form {form!r}: it is 'tiles' or 'buckets'")
     dense, device = _checked(mask, tile), torch.device(device)
     shape = (dense.shape[0], dense.shape[1], dense.shape[2])
     bits, heads = _pack(dense)
@@ -357,7 +364,7 @@ def compile_mask(
     if not rows_kept.all():
         common.append(torch.from_numpy(~rows_kept))
     facts = LayoutSpec(
-        form=_form(device),
+        form=form,
         shape=shape,
         tile=tile or (0, 0),
         unique=len(bits),
@@ -367,6 +374,5 @@ def compile_mask(
         causal=_is_causal(bits),
         empty=not rows_kept.all(),
     )
-    build: Any = layout_tiles.build if facts.form == "tiles" else layout_buckets.build
-    facts, tensors = build(facts, bits, heads, tile)
+    facts, tensors = builders[form](facts, bits, heads, tile)
     return MaskLayout(str(facts), tuple(tensor.to(device) for tensor in [*common, *tensors]))

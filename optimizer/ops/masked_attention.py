@@ -203,7 +203,8 @@ def masked_backward(
     k, v = (per_query_head(x, q.shape[1]) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     sizes = q.shape[2], k.shape[2]
-    dq, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dq = []
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     for rows, dropped, bias in _row_blocks(facts, tensors, attn_mask, is_causal, q_offset, sizes):
         g = grad[:, :, rows].masked_fill(dropped.all(-1, keepdim=True), 0.0)
         parts = attend_backward(g, q[:, :, rows], k, v, dropped, bias, scale)

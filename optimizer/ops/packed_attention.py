@@ -136,7 +136,7 @@ def _attend_piece(
     if piece.bucket.mask == "causal" and attn_mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     dropped, bias = piece.masks(attn_mask)
-    if k.shape[2] == 1 and dropped is None:
+    if k.shape[2] == 1 and dropped is None and not piece.whole:
         return v.expand(-1, -1, q.shape[2], -1)
     mask = additive(dropped, bias, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -166,8 +166,8 @@ def packed(
     make = q.new_empty if _covers(facts) else q.new_zeros
     out = make(batch, queries, heads, v.shape[3]).transpose(1, 2)
     for piece in _pieces(facts, tensors):
-        taken = piece.take_queries(q), *piece.take_keys(k, v, group)
-        part = _attend_piece(piece, *taken, attn_mask, scale)
+        keys, values = piece.take_keys(k, v, group)
+        part = _attend_piece(piece, piece.take_queries(q), keys, values, attn_mask, scale)
         if piece.whole:
             out = part
         else:
@@ -196,8 +196,8 @@ def packed_backward(
         idle = either(idle, piece.repeats)
         g = piece.take_queries(grad)
         g = g if idle is None else g.masked_fill(idle, 0.0)
-        taken = piece.take_queries(q), *piece.take_keys(k, v, group)
-        parts = attend_backward(g, *taken, dropped, bias, scale)
+        keys, values = piece.take_keys(k, v, group)
+        parts = attend_backward(g, piece.take_queries(q), keys, values, dropped, bias, scale)
         index = _index(dq, piece.heads, piece.rows)
         _flat(dq).index_add_(1, index, parts[0].flatten(1, 2))
         piece.add_keys(dk, parts[1], group)

@@ -40,9 +40,10 @@ class AttentionSite:
         head_dim: D of q and k.
         value_dim: Dv of v.
         group: query heads per key head.
-        mask: the run-time mask: "none", "bool" or "float".
+        mask: dtype of the run-time mask, or "none".
         mask_per_row: whether that mask differs between query rows.
         causal: whether causality drops keys that the layout keeps.
+        short: whether there are fewer queries than the layout's rows.
         clipped: whether there are fewer keys than the layout's.
         shifted: whether the first query is not the layout's first row.
         positive: whether the scale is above 0.
@@ -56,6 +57,7 @@ class AttentionSite:
     mask: str = "none"
     mask_per_row: bool = False
     causal: bool = False
+    short: bool = False
     clipped: bool = False
     shifted: bool = False
     positive: bool = True
@@ -73,9 +75,7 @@ class AttentionSite:
         q_offset: int = 0,
     ) -> AttentionSite:
         """Describe a call."""
-        mask = "none"
-        if attn_mask is not None:
-            mask = "bool" if attn_mask.dtype == torch.bool else "float"
+        mask = "none" if attn_mask is None else str(attn_mask.dtype).removeprefix("torch.")
         return cls(
             facts=facts,
             dtype=q.dtype,
@@ -85,6 +85,7 @@ class AttentionSite:
             mask=mask,
             mask_per_row=attn_mask is not None and attn_mask.shape[-2] != 1,
             causal=is_causal and not facts.causal,
+            short=q.shape[2] != facts.shape[1],
             clipped=k.shape[2] != facts.shape[2],
             shifted=q_offset != 0,
             positive=scale > 0,
@@ -113,11 +114,13 @@ def _forward(
         site = AttentionSite.of(q, k, v, facts, attn_mask, is_causal, scale, q_offset)
         chosen = lowering.choose(_OPERATOR, q.device.type, site)
         if chosen is not None:
-            out: Tensor = chosen.run(site, q, k, v, layout, attn_mask, scale)
-            return out
+            result: Tensor = chosen.run(site, q, k, v, layout, attn_mask, scale)
+            return result
     if _fits_buckets(facts, q, k, is_causal, q_offset):
-        return packed(q, k, v, facts, layout, attn_mask, scale)
-    return masked(q, k, v, facts, layout, attn_mask, is_causal, scale, q_offset)
+        out = packed(q, k, v, facts, layout, attn_mask, scale)
+    else:
+        out = masked(q, k, v, facts, layout, attn_mask, is_causal, scale, q_offset)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _backward(
@@ -134,12 +137,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     facts = LayoutSpec.parse(spec)
     if _fits_buckets(facts, q, k, is_causal, q_offset):
-        return packed_backward(grad, q, k, v, facts, layout, attn_mask, scale)
-    return masked_backward(grad, q, k, v, facts, layout, attn_mask, is_causal, scale, q_offset)
+        grads = packed_backward(grad, q, k, v, facts, layout, attn_mask, scale)
+    else:
+        rest = (attn_mask, is_causal, scale, q_offset)
+        grads = masked_backward(grad, q, k, v, facts, layout, *rest)
+    dq, dk, dv = (x.contiguous() for x in grads)
+    return dq, dk, dv
 
 
 def _fake(q: Tensor, _k: Tensor, v: Tensor, *_rest: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[-1])
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
 
 
 def _backward_fake(
@@ -245,7 +253,8 @@ def sparse_attention(
         q_offset: row of the layout that the first query has.
 
     Returns:
-        (B, H, Nq, Dv). A row that keeps no key is 0 and has zero gradient.
+        (B, H, Nq, Dv), in memory as (B, Nq, H, Dv): joining the heads is free. A row that
+        keeps no key is 0 and has zero gradient.
 
     Raises:
         LoweringError: if shapes, dtypes, heads or devices do not fit together.
