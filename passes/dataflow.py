@@ -303,20 +303,24 @@ def _addends(program: Program, mask: fx.Node) -> list[fx.Node]:
         return [part for n in inputs for part in _addends(program, n)]
     if inputs and not _is_bool(inputs[0]) and _broadcasts_alike(mask, inputs[0]):
         return _addends(program, inputs[0])
-    if (condition := _opened_where(program, mask)) is not None:
-        return _conjuncts(program, condition)
+    if mask.target in (aten.where.self, aten.where.ScalarOther, aten.where.Scalar):
+        return _where_parts(program, mask)
     return [mask]
 
 
-def _opened_where(program: Program, mask: fx.Node) -> fx.Node | None:
-    """The condition of `where(condition, 0, minus infinity)`."""
-    if mask.target not in (aten.where.self, aten.where.ScalarOther, aten.where.Scalar):
-        return None
+def _where_parts(program: Program, mask: fx.Node) -> list[fx.Node]:
+    """Factors and addends of `where(condition, addends, minus infinity)`."""
     condition, kept, dropped = mask.args
     constants = Constants(program)
-    zero, low = constants.scalar(kept), constants.scalar(dropped)
-    opens = zero == 0.0 and low is not None and is_closed(low, mask.meta["val"].dtype)
-    return condition if opens and isinstance(condition, fx.Node) else None
+    low = constants.scalar(dropped)
+    if low is None or not is_closed(low, mask.meta["val"].dtype):
+        return [mask]
+    assert isinstance(condition, fx.Node)
+    if constants.scalar(kept) == 0.0:
+        return _conjuncts(program, condition)
+    if isinstance(kept, fx.Node):
+        return _conjuncts(program, condition) + _addends(program, kept)
+    return [mask]
 
 
 def _all_causal(

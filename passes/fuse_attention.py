@@ -85,10 +85,12 @@ class FlagCausal(Rewrite):
         factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
         return True if factors.is_causal and not factors.rest else None
 
-    def replace(self, node: fx.Node, match: Any, program: Program) -> fx.Node:
+    def replace(self, node: fx.Node, _match: Any, program: Program) -> fx.Node:
         """The same call with the flag."""
         args = (*node.args[:3], None, 0.0, True)
-        kept = {key: node.kwargs[key] for key in ("scale", "enable_gqa") if key in node.kwargs}
+        kept: dict[str, Any] = {
+            key: node.kwargs[key] for key in ("scale", "enable_gqa") if key in node.kwargs
+        }
         return program.graph.call_function(_SDPA, args, kept)
 
 
@@ -127,7 +129,7 @@ class FuseSoftmax(Rewrite):
             return scores
         return _attention(scores, values)
 
-    def replace(self, node: fx.Node, match: _Attention, program: Program) -> fx.Node:
+    def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
         """Attention on four-dimensional operands, brought back to the product's own form."""
         graph, scores, values = program.graph, match.scores, match.values
         dtype = torch.promote_types(_dtype(scores.q), _dtype(values.right))
@@ -174,25 +176,21 @@ def _is_softmax(node: fx.Node) -> bool:
     return isinstance(dim, int) and dim % node.meta["val"].ndim == node.meta["val"].ndim - 1
 
 
-def _near_softmax(node: fx.Node) -> Decline | None:
+def _near_softmax(start: fx.Node) -> Decline | None:
     """Why what stands in front of the product with v is nearly, but not, a softmax."""
-    start, mixed = node, False
-    for _ in range(_NEAR):
-        if node.op != "call_function":
-            return None
+    waiting, seen = [(start, _NEAR, False)], {start}
+    while waiting:
+        node, left, mixed = waiting.pop(0)
         if _is_handwritten(node):
             return Decline("hand-written softmax: use torch.softmax, which is recognized", node)
         if _is_softmax(node):
             return _changed(start, mixed)
-        passes = is_noop(node) or is_cast(node) or is_view(node) or node.target in _REORDERING
+        passes = is_noop(node) or is_cast(node) or is_view(node)
         mixes = node.target in _MIXING
-        if not passes and not mixes and node.target not in _POINTWISE:
-            return None
-        mixed = mixed or mixes
-        inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
-        if not inputs:
-            return None
-        node = inputs[0]
+        if left and (passes or mixes or node.target in _POINTWISE | _REORDERING):
+            inputs = [n for n in node.all_input_nodes if n.op == "call_function" and n not in seen]
+            waiting += [(n, left - 1, mixed or mixes) for n in inputs]
+            seen |= set(inputs)
     return None
 
 
@@ -301,7 +299,8 @@ def _same_batch(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
         max((s[d] for s in shapes), key=lambda s: s if isinstance(s, int) else 0) for d in (0, 1)
     ]
     result = []
-    for node, shape in zip(nodes, shapes, strict=True):
+    for given, shape in zip(nodes, shapes, strict=True):
+        node = given
         size = [
             want if isinstance(want, int) and isinstance(have, int) and want != have else -1
             for want, have in zip(wanted, shape[:2], strict=True)

@@ -296,7 +296,8 @@ class _Walk:
         if found.addend is not None:
             way = way.added(found.addend, rank, found.beta)
         way = way.scaled(found.alpha)
-        if any(mask.rank > 4 for mask in (*way.biases, *way.keeps)):
+        ranks = [bias.rank for bias in way.biases] + [keep.rank for keep in way.keeps]
+        if max(ranks, default=0) > 4:
             return Decline("a mask is applied in more than four dimensions", found.node)
         q, by_q = self._unscaled(found.left)
         k, by_k = self._unscaled(found.right.transposed())
