@@ -32,7 +32,7 @@ __all__ = ["AttentionKernel", "emit", "launch", "parameters"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _WORD = 32
-_MAX_WIDTH = {"float32": 128, "float16": 256, "bfloat16": 256}
+_SHARED_BYTES = 227 * 1024  # of a program, from compute capability 9.0 on
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,7 @@ class AttentionKernel:
         rows, columns = facts.tile
         ragged = site.short or facts.shape[1] % rows > 0
         run_time = site.mask != "none" or site.causal or site.clipped
-        warps, stages = _launch_options(
-            _DTYPES[site.dtype], max(site.head_dim, site.value_dim), rows
-        )
-        return cls(
+        kernel = cls(
             dtype=_DTYPES[site.dtype],
             head_dim=site.head_dim,
             value_dim=site.value_dim,
@@ -113,11 +110,22 @@ class AttentionKernel:
         """Return the same with warps and stages from a small table of what was fastest."""
         wide = max(self.head_dim, self.value_dim) > 64
         if self.dtype == "float32":
-            return replace(self, warps=8 if self.rows >= 128 else 4, stages=2)
-        if wide:
-            deep = max(self.head_dim, self.value_dim) > 128
-            return replace(self, warps=8 if self.rows >= 128 else 4, stages=2 if deep else 3)
-        return replace(self, warps=4, stages=3)
+            return replace(self, warps=8 if self.rows >= 128 else 4, stages=1 if wide else 2)
+        return replace(self, warps=8 if wide and self.rows >= 128 else 4, stages=3)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that the compiled kernel takes, from above.
+
+        It holds q, two tiles of k and v, and those of a mask that differs between rows. float32 has
+        one tile of k and v per stage, and the halves that its products are split into.
+        """
+        width = _power_of_two(max(self.head_dim, self.value_dim))
+        q, kv = self.rows * width, 2 * self.columns * width
+        mask = 8 * self.rows * self.columns * self.mask_per_row
+        if self.dtype == "float32":
+            return 6 * (q + kv) + 4 * (self.stages - 1) * kv + mask + 6144
+        return 2 * (q + 2 * kv) + mask + 6144
 
     @property
     def biased(self) -> bool:
@@ -396,8 +404,9 @@ def _accepts(site: AttentionSite) -> Decline | None:
         return Decline("the layout has buckets: compile it for CUDA")
     if site.dtype not in _DTYPES:
         return Decline(f"q, k and v are {site.dtype}: float32, float16 or bfloat16 is needed")
-    if max(site.head_dim, site.value_dim) > _MAX_WIDTH[_DTYPES[site.dtype]]:
-        return Decline(f"heads of width {site.head_dim} do not fit shared memory")
+    needed = AttentionKernel.of(site).shared_bytes
+    if needed > _SHARED_BYTES:
+        return Decline(f"tiles {site.facts.tile} need {needed} bytes of shared memory: use smaller")
     if not site.positive:
         return Decline("the scale is not above 0")
     if site.shifted:

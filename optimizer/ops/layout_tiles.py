@@ -124,8 +124,8 @@ def _words(bits: Bits, cut: _Cut, columns: Ints, padding: Bools, owner: Ints) ->
 
 def _check_tile(tile: tuple[int, int]) -> None:
     rows, columns = tile
-    if rows not in (32, 64, 128, 256) or columns not in (32, 64, 128):
-        raise PlanError(f"tile {tile!r}: rows are 32, 64, 128 or 256, columns 32, 64 or 128")
+    if rows not in (32, 64, 128) or columns not in (32, 64, 128):
+        raise PlanError(f"tile {tile!r}: rows and columns are 32, 64 or 128")
 
 
 def build(

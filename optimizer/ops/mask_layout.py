@@ -339,8 +339,7 @@ def compile_mask(
     Args:
         mask: bool (H, Nq, Nk) or (Nq, Nk) for one mask of one head; True = kept. Any sizes.
         tile: (query rows, key columns) to use; chosen by a cost model when None. On CUDA both
-            are powers of two, rows in 32..256 and columns in 32..128; elsewhere only the rows
-            count.
+            are 32, 64 or 128; elsewhere only the rows count.
         device: where the layout will be used; its type decides the form.
         universe: bool cells that could be kept at all (causally possible, not padding), the base
             of `live_density`; all cells when None.

@@ -168,7 +168,11 @@ def test_block_mask_of_a_batch_is_refused() -> None:
         (torch.ones(4, dtype=torch.bool), {}, "a mask is bool"),
         (torch.ones(2, 0, 4, dtype=torch.bool), {}, "not empty"),
         (torch.ones(4, 4, dtype=torch.bool), {"tile": (0, 8)}, "at least 1"),
-        (torch.ones(4, 4, dtype=torch.bool), {"tile": (48, 64), "form": "tiles"}, "rows are 32"),
+        (
+            torch.ones(4, 4, dtype=torch.bool),
+            {"tile": (48, 64), "form": "tiles"},
+            "rows and columns are 32",
+        ),
         (torch.ones(4, 4, dtype=torch.bool), {"universe": torch.ones(4, 5).bool()}, "universe"),
         (torch.ones(4, 4, dtype=torch.bool), {"form": "rows"}, "no form 'rows'"),
     ],

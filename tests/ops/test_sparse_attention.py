@@ -237,8 +237,8 @@ def test_refusals(message: str, tensors: Any, options: dict[str, Any]) -> None:
     options = dict(options)
     layout = compile_mask(torch.ones(2, 64, 64, dtype=torch.bool), device="cpu")
     layout = layout.to(options.pop("to", "cpu"))
+    q, k, v = tensors()
     with pytest.raises(LoweringError, match=message):
-        q, k, v = tensors()
         sparse_attention(q, k, v, layout, **options)
 
 
