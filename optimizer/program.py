@@ -6,7 +6,6 @@ register new tensors under new names; they never write into a tensor that is the
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,7 +175,10 @@ class Program:
 
     def copy(self) -> Program:
         """A program with a graph of its own and the same tensors."""
-        graph = copy.deepcopy(self.graph)
+        graph = fx.Graph()
+        result, output = graph.graph_copy(self.graph, {}, return_output_node=True)  # type: ignore[misc]
+        graph.output(result).meta = dict(output.meta)
+        graph.set_codegen(self.graph._codegen)
         return replace(self, graph_module=fx.GraphModule(self.graph_module, graph))
 
     def register(self, name: str, tensor: Tensor) -> str:
@@ -227,12 +229,12 @@ class Program:
         return FakeTensorMode(allow_non_fake_inputs=True)
 
     def _drop_unused_tensors(self) -> None:
-        """Forget tensors on the root that no node reads, so that they are not saved or counted."""
+        """Forget tensors that no node reads, so that they are not saved or counted."""
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        root = self.graph_module
-        for names in (root._parameters, root._buffers):
-            for name in [n for n in names if n not in used]:
-                del names[name]
+        for path, module in self.graph_module.named_modules():
+            for names in (module._parameters, module._buffers):
+                for name in [n for n in names if f"{path}.{n}".lstrip(".") not in used]:
+                    del names[name]
 
     def calls(self, target: Any) -> Iterator[fx.Node]:
         """The nodes that call an operator, in graph order."""
