@@ -199,7 +199,7 @@ class Program:
 
     def finish(self) -> None:
         """Drop dead nodes, refresh metadata of new nodes, and compile the Python of the graph."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(_has_effect)
         self.refresh()
         self.graph_module.delete_all_unused_submodules()
         self._drop_unused_tensors()
@@ -252,6 +252,12 @@ class Program:
                 seen[value.untyped_storage().data_ptr()] = str(node.target)
                 found[str(node.target)] = value
         return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """As fx sees it, but that dropout at inference draws no random numbers."""
+    is_idle = node.target is torch.ops.aten.dropout.default and node.args[2] is False
+    return not is_idle and bool(node.is_impure())
 
 
 def _leaf_mismatch(node: fx.Node, leaf: Any) -> str:
