@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxpress.kernels  # noqa: F401  (registers the lowerings)
 from fxpress import calibration
@@ -22,6 +21,7 @@ from fxpress.calibration import Calibration
 from fxpress.capture import frozen
 from fxpress.config import OptimizeConfig, nearest
 from fxpress.errors import FxpressError, PassError, PlanError
+from fxpress.flops import multiply_adds
 from fxpress.judge import JUDGES, Decisions, Judge, Proposal, time_sites
 from fxpress.optimized import OptimizedModule
 from fxpress.passes import all_passes
@@ -219,15 +219,18 @@ class _Run:
             raise PlanError("the plan holds no example calls: give calib_data together with plan=")
         for name in plan.decisions:
             if name not in self.passes:
-                raise PlanError(f"the plan is for an unknown pass {name!r}: "
-                                f"{nearest(name, self.passes)}")
+                raise PlanError(
+                    f"the plan is for an unknown pass {name!r}: {nearest(name, self.passes)}"
+                )
         self.plan = plan
         self.canonicalize(capture_model(self.model, calls))
         known = {s.name for p in self.captured.programs.values() for s in attention_sites(p)}
         for name in plan.decisions:
             if missing := sorted(set(plan.decisions[name]) - known):
-                raise PlanError(f"the plan does not fit this model: it has no site {missing[0]!r}; "
-                                f"{nearest(missing[0], known) if known else 'it has no attention'}")
+                raise PlanError(
+                    f"the plan does not fit this model: it has no site {missing[0]!r}; "
+                    f"{nearest(missing[0], known) if known else 'it has no attention'}"
+                )
         self.notes.append("decisions and verdicts of a stored plan: nothing was judged again")
         for kind in self._rewriting():
             if kind.name in plan.decisions:
@@ -268,9 +271,7 @@ class _Run:
             self._judge_time(kind, start)
         self._apply(kind, self.plan, record)
 
-    def _proposals(
-        self, kind: type[Pass], data: Calibration, record: PassRecord
-    ) -> list[Proposal]:
+    def _proposals(self, kind: type[Pass], data: Calibration, record: PassRecord) -> list[Proposal]:
         if self.objective == "memory":
             self.notes.append(f"{kind.name} saves no memory: left out for objective='memory'")
             return []
@@ -373,7 +374,9 @@ class _Run:
     @property
     def changed(self) -> bool:
         """Whether any approximating pass changed anything."""
-        return any(self.records[k.name].rewrites for k in self._rewriting() if k.name in self.records)
+        return any(
+            self.records[k.name].rewrites for k in self._rewriting() if k.name in self.records
+        )
 
     def result(self, original: nn.Module, keep: bool | str) -> OptimizedModule:
         """The optimized module with its report."""
@@ -383,9 +386,7 @@ class _Run:
             kept = copy.deepcopy(original).to("cpu")
 
         def rebuild(changed: Plan) -> OptimizedModule:
-            fresh = _Run(
-                self.model, config, self.passes, self.objective, Progress(), self.device
-            )
+            fresh = _Run(self.model, config, self.passes, self.objective, Progress(), self.device)
             with frozen(self.model):
                 fresh.replay(changed, None, None)
             return fresh.result(original, keep)
@@ -498,14 +499,9 @@ class _Run:
         }
 
     def _multiply_adds(self) -> dict[str, int]:
-        calls = self.plan.example_calls(self.device)[:1]
-        counts = {}
-        for name, captured in (("before", self.canonical), ("after", self.captured)):
-            counter = FlopCounterMode(display=False)
-            with counter, torch.no_grad():
-                captured.build()(*calls[0][0], **calls[0][1])
-            counts[name] = counter.get_total_flops() // 2
-        return counts
+        call = self.plan.example_calls(self.device)[0]
+        forms = {"before": self.canonical, "after": self.captured}
+        return {name: multiply_adds(form.build(), call) for name, form in forms.items()}
 
     def _sites(self) -> list[dict[str, Any]]:
         """Every attention site with its outcome."""

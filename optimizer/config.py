@@ -63,9 +63,7 @@ class OptimizeConfig:
             config.settings(name, passes[name])
         for pattern, override in config.overrides.items():
             if not fnmatch.filter(paths, pattern):
-                raise PlanError(
-                    f"config: no module matches {pattern!r}: {nearest(pattern, paths)}"
-                )
+                raise PlanError(f"config: no module matches {pattern!r}: {nearest(pattern, paths)}")
             _check_override(pattern, override, passes)
         return config
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxpress.capture import frozen
 from fxpress.config import OptimizeConfig
+from fxpress.flops import multiply_adds
 from fxpress.passes import all_passes
 from fxpress.passes.sites import attention_sites, linear_sites
 from fxpress.pipeline import Pipeline, resolve_order
@@ -135,7 +135,7 @@ def explain(
             found.attention += [_refused(d, "attention") for d in record.declined]
         elif kind.name == "normalize-linear":
             found.matmuls += [_refused(d, "linear") for d in record.declined]
-    total = _multiply_adds(captured, call)
+    total = max(multiply_adds(captured.build(), call), 1)
     for path, program in captured.programs.items():
         found.attention += _attention(program, total)
         found.matmuls += _matmuls(program)
@@ -147,13 +147,6 @@ def _refused(decline: Decline, kind: str) -> Site:
     node = decline.at.name if decline.at is not None else ""
     where = decline.site or decline.path
     return Site(where, False, decline.reason, kind, (), node, 1.0, decline.source)
-
-
-def _multiply_adds(captured: CapturedModel, call: tuple[Any, Any]) -> int:
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        captured.build()(*call[0], **call[1])
-    return max(counter.get_total_flops() // 2, 1)
 
 
 def _attention(program: Program, total: int) -> list[Site]:

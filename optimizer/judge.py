@@ -268,9 +268,7 @@ def _time_site(
     values: Mapping[str, Any],
     cuda: bool,
 ) -> SiteTimes:
-    held = {
-        n: attribute(program.graph_module, str(n.target)) for n in new if n.op == "get_attr"
-    }
+    held = {n: attribute(program.graph_module, str(n.target)) for n in new if n.op == "get_attr"}
     inputs = {node.name: value for node, value in held.items()} | dict(values)
 
     def run_old() -> Any:

@@ -26,8 +26,10 @@ def _percent(share: float) -> str:
 
 def _table(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 @dataclass
@@ -103,7 +105,9 @@ class Report:
             for r in p["rolled_back"]:
                 figures = ", ".join(f"{k} {v:.4g}" for k, v in r.items() if _is_number(v))
                 what = r["site"] or "the whole pass"
-                lines.append(f"  rolled back {what}: {r['reason']}" + f" ({figures})" * bool(figures))
+                lines.append(
+                    f"  rolled back {what}: {r['reason']}" + f" ({figures})" * bool(figures)
+                )
             for a in self.facts["attempts"].get(p["name"], []):
                 verdict = "holds" if a["holds"] else "over budget"
                 lines.append(f"  tried {a['strength']}: drop {a['drop']:.4g}, {verdict}")

@@ -49,7 +49,18 @@ __all__ = ["PruneAttention", "PruneAttentionConfig"]
 
 aten = torch.ops.aten
 
-_LADDER = (0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5)  # shares of the dense attention cost
+_LADDER = (
+    0.05,
+    0.08,
+    0.1,
+    0.12,
+    0.15,
+    0.18,
+    0.22,
+    0.28,
+    0.35,
+    0.5,
+)  # shares of the dense attention cost
 _MAP_BYTES = 256 << 20  # element maps of all sites together; above it they are pooled
 _SCORED_CALLS = 8
 _CHOICES = {
@@ -139,7 +150,9 @@ class PruneAttention(Pass):
             if not ctx.fuel.burn():
                 break
             device = _device(program, ctx.device)
-            layout = compile_mask(decision["mask"], device=device, universe=_universe(site, decision))
+            layout = compile_mask(
+                decision["mask"], device=device, universe=_universe(site, decision)
+            )
             self._rewrite(program, site, layout)
             record.masks[site.name] = layout
             record.ledger[site.name] = _ledger(site, layout)
@@ -276,9 +289,7 @@ def _mean_attention(
     return means
 
 
-def _by_region(
-    captured: CapturedModel, observers: Mapping[str, Any]
-) -> dict[str, list[Observer]]:
+def _by_region(captured: CapturedModel, observers: Mapping[str, Any]) -> dict[str, list[Observer]]:
     found: dict[str, list[Observer]] = {}
     for path, program in captured.programs.items():
         nodes = set(program.graph.nodes)
@@ -426,7 +437,9 @@ def _rung(scored: Sequence[ColumnErrors], share: float, device: str) -> Proposal
             live = live_cells(*mask.shape[1:], site.is_causal)
             if bool((mask == live).all()):
                 continue  # nothing to gain here: the attention stays as it is
-            lost = errors.errors.gather(0, family[None, ..., None].expand(1, *errors.errors.shape[1:]))
+            lost = errors.errors.gather(
+                0, family[None, ..., None].expand(1, *errors.errors.shape[1:])
+            )
             error = float(lost[0].gather(-1, cut[..., None]).sum())
             decisions[site.name] = {"mask": mask, "source": "effect", "error": error}
         return decisions

@@ -54,7 +54,10 @@ class _Weights:
         if not self.total.shape[0]:
             self.total = square.new_zeros(square.shape[1], 0)
         if missing > 0:
-            self.total, self.count = F.pad(self.total, (0, missing)), F.pad(self.count, (0, missing))
+            self.total, self.count = (
+                F.pad(self.total, (0, missing)),
+                F.pad(self.count, (0, missing)),
+            )
         self.total[:, : square.shape[2]] += square.sum(0)
         self.count[: square.shape[2]] += square.shape[0]
 

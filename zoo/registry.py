@@ -59,6 +59,7 @@ class Entry:
     source: str  # the paper, and the package that holds the weights
     build: Build
     calibration: Calibration
+    has_weights: bool = True  # False: there are only random ones
 
 
 def model(
@@ -68,11 +69,12 @@ def model(
     license: str,  # noqa: A002
     source: str,
     calibration: Calibration,
+    has_weights: bool = True,
 ) -> Callable[[Build], Entry]:
     """Offer the decorated build function under `name`."""
 
     def offer(build: Build) -> Entry:
-        return Entry(name, description, license, source, build, calibration)
+        return Entry(name, description, license, source, build, calibration, has_weights)
 
     return offer
 

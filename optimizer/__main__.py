@@ -1,0 +1,7 @@
+"""`python -m fxpress`."""
+
+from __future__ import annotations
+
+from fxpress.cli import main
+
+main()
