@@ -54,6 +54,8 @@ RESHAPES = (
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.t.default,
+    aten.mT.default,
+    aten.numpy_T.default,
 )
 _AND = {
     aten.__and__.Tensor,

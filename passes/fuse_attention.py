@@ -107,6 +107,8 @@ class FuseSoftmax(Rewrite):
     """softmax(scale * q @ k^T + mask) @ v  ->  sdpa(q, k, v, mask, 0.0, is_causal, scale=scale).
 
     q (B, H, Nq, D) or with B and H merged; masks additive, by `masked_fill` or by `where`.
+    A finite fill becomes an addend, so that a row that keeps nothing still averages all values; its
+    gradient then reaches the scores, where the fill had cut it off.
     """
 
     name: ClassVar[str] = "fuse-softmax"

@@ -44,12 +44,17 @@ class Strided:
 
 
 def _transpose_source(node: fx.Node) -> fx.Node | None:
-    if node.target is not aten.transpose.int:
+    """What a node is with its last two dimensions exchanged."""
+    source, rank = node.args[0] if node.args else None, node.meta["val"].ndim
+    if not isinstance(source, fx.Node):
         return None
-    source, *dims = node.args
-    assert isinstance(source, fx.Node)
-    rank = node.meta["val"].ndim
-    return source if {int(d) % rank for d in dims} == {rank - 2, rank - 1} else None  # type: ignore[arg-type]
+    flat = rank == 2 and node.target in (aten.t.default, aten.numpy_T.default)
+    if flat or node.target is aten.mT.default:
+        return source
+    if node.target is aten.transpose.int:
+        dims = {dim % rank for dim in node.args[1:] if isinstance(dim, int)}
+        return source if dims == {rank - 2, rank - 1} else None
+    return None
 
 
 def emit(graph: fx.Graph, operand: Strided) -> fx.Node:

@@ -1,0 +1,522 @@
+"""`fuse-attention`: every spelling becomes one operator; every near miss says why it does not."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fxpress.capture import capture, capture_calls
+from fxpress.passes import fuse_attention, scores
+from fxpress.passes.fuse_attention import FuseAttention
+from fxpress.passes.sites import attention_sites
+from fxpress.program import Program
+from fxpress.rewrite import PassContext, PassRecord
+from fxpress.testing import assert_equivalent
+from fxpress.verify import verify
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+
+Forward = Callable[["Heads", Tensor], Any]
+LOW = torch.finfo(torch.float32).min
+
+
+class Heads(nn.Module):
+    """Projections to two heads of four, and a forward that is given."""
+
+    def __init__(self, body: Forward) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.body = body
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """q, k and v, (B, 2, N, 4) each."""
+        flat = (self.q(x), self.k(x), self.v(x))
+        return [t.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for t in flat]
+
+    def forward(self, x: Tensor) -> Any:
+        """Whatever is tested."""
+        return self.body(self, x)
+
+
+class Gradients(nn.Module):
+    """The gradients of a module's outputs by its parameters, in the order of their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """A fixed combination of all outputs, differentiated."""
+        with torch.enable_grad():
+            outputs = pytree.tree_leaves(self.module(*args, **kwargs))
+            floats = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+            weights = [(torch.arange(t.numel()) % 7 - 3).view(t.shape).to(t.dtype) for t in floats]
+            loss = sum((t * w).sum() for t, w in zip(floats, weights, strict=True))
+            assert isinstance(loss, Tensor)
+            named = sorted(self.module.named_parameters())
+            found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        return [g for g in found if g is not None]
+
+
+def upper(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+def divided(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.transpose(-1, -2) / 4**0.5).softmax(-1) @ v
+
+
+def scaled_queries(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return F.dropout((q * 0.5 @ k.mT).softmax(-1), 0.1, m.training) @ v
+
+
+def scaled_keys(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.softmax(torch.matmul(q, (k / 2).mT) + 1.0, dim=3).contiguous() @ v
+
+
+def constant_scale(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT / torch.full((), 4.0).sqrt()).softmax(-1) @ v
+
+
+def added_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+    return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
+
+
+def filled_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT).masked_fill(upper(x.shape[1]), -1e9).softmax(-1) @ v
+
+
+def where_masks(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    keep = ((x[:, :, 0] > -0.5) | (torch.arange(x.shape[1]) == 0))[:, None, None]
+    scores = torch.where(keep, q @ k.mT, LOW)
+    return torch.where(~upper(x.shape[1]), scores, LOW).softmax(-1) @ v
+
+
+def reversed_where(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    low = torch.full((1,), -torch.inf)
+    return torch.where(upper(x.shape[1]), low, q @ k.mT).softmax(-1) @ v
+
+
+def bias_and_padding(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    bias = x[:, None, :, :1] * m.temperature
+    padding = (x[:, :, 0] > 0.5)[:, None, None]
+    return (0.5 * (bias + q @ k.mT)).masked_fill(padding, LOW).softmax(-1) @ v
+
+
+def subtracted_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT - 1e4 * (x[:, None, None, :, 0] > 0.5).float()).softmax(-1) @ v
+
+
+def banded_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    band = (~upper(x.shape[1])).triu(-1)
+    return (q @ k.mT).masked_fill(~band, LOW).softmax(-1) @ v
+
+
+def einsum(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (p(x).view(*x.shape[:2], 2, 4) for p in (m.q, m.k, m.v))
+    p = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", p, v).flatten(2)
+
+
+def einsum_values_first(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+    return torch.einsum("bhjd, bhij -> bhid", v, p)
+
+
+def merged_heads(m: Heads, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = (t.reshape(-1, n, 4) for t in m.heads(x))
+    mask = (x[:, None, None, :, 0] > 0.5) * -1e9
+    p = (torch.bmm(q, k.transpose(1, 2)).view(b, 2, n, n) + mask).view(-1, n, n).softmax(-1)
+    return torch.bmm(p, v).view(b, 2, n, 4)
+
+
+def split_as_in_torch(m: Heads, x: Tensor) -> Tensor:
+    n, b, _ = x.shape
+    q, k, v = (p(x).view(n, b * 2, 4).transpose(0, 1) for p in (m.q, m.k, m.v))
+    mask = torch.zeros(b * 2, n, n, dtype=x.dtype).masked_fill(upper(n), -torch.inf)
+    return torch.bmm(torch.baddbmm(mask, q, k.mT, alpha=0.5).softmax(-1), v)
+
+
+def without_heads(m: Heads, x: Tensor) -> Tensor:
+    return torch.softmax(m.q(x) @ m.k(x).mT, 2) @ m.v(x)
+
+
+def without_batch(m: Heads, x: Tensor) -> Tensor:
+    row = x[0]
+    return torch.softmax(m.q(row) @ m.k(row).T, -1) @ m.v(row)
+
+
+def repeated_keys(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    k, v = (t[:, :1].repeat_interleave(2, 1) for t in (k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def broadcast_keys(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]
+
+
+def casts(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT * 0.5).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def mixed_dtypes(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q.float() @ k.float().mT).softmax(-1).to(q.dtype) @ v
+
+
+def learned_queries(m: Heads, x: Tensor) -> Tensor:
+    q = m.q.weight.view(1, 8, 8).expand(x.shape[0], -1, -1)
+    return torch.softmax(q @ m.k(x).mT, -1) @ m.v(x)
+
+
+# name: (forward, whether it is causal, dtype of the mask)
+SPELLINGS: dict[str, tuple[Forward, bool, torch.dtype | None]] = {
+    "divided": (divided, False, None),
+    "scaled_queries": (scaled_queries, False, None),
+    "scaled_keys": (scaled_keys, False, None),
+    "constant_scale": (constant_scale, False, None),
+    "added_mask": (added_mask, True, None),
+    "filled_mask": (filled_mask, True, None),
+    "where_masks": (where_masks, False, torch.float32),
+    "reversed_where": (reversed_where, True, None),
+    "bias_and_padding": (bias_and_padding, False, torch.float32),
+    "subtracted_mask": (subtracted_mask, False, torch.float32),
+    "banded_mask": (banded_mask, False, torch.bool),
+    "einsum": (einsum, False, None),
+    "einsum_values_first": (einsum_values_first, False, None),
+    "merged_heads": (merged_heads, False, torch.float32),
+    "split_as_in_torch": (split_as_in_torch, True, None),
+    "without_heads": (without_heads, False, None),
+    "without_batch": (without_batch, False, None),
+    "repeated_keys": (repeated_keys, False, None),
+    "broadcast_keys": (broadcast_keys, False, None),
+    "casts": (casts, False, None),
+    "mixed_dtypes": (mixed_dtypes, False, None),
+    "learned_queries": (learned_queries, False, None),
+}
+
+
+IN_HALF = ("casts", "mixed_dtypes")
+
+
+def fused(program: Program) -> PassRecord:
+    before = program.copy()
+    record = FuseAttention().run(program, PassContext())
+    verify(program, "fuse-attention", before)
+    return record
+
+
+def count(program: Program, *targets: Any) -> int:
+    return sum(n.op == "call_function" and n.target in targets for n in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_becomes_one_operator(name: str) -> None:
+    forward, is_causal, mask = SPELLINGS[name]
+    dtype = torch.bfloat16 if name in IN_HALF else torch.float32
+    model, x = Heads(forward).to(dtype).eval(), torch.randn(3, 5, 8, dtype=dtype)
+    program = capture(model, (x,))
+    record = fused(program)
+    assert record.counts() == {"fuse-softmax": 1}
+    assert not record.declined
+    assert count(program, aten.softmax.int, aten._softmax.default) == 0
+    (call,) = program.calls(SDPA)
+    q, _, _, mask_node, dropout, flag = call.args
+    assert q.meta["val"].ndim == 4
+    assert (dropout, flag) == (0.0, is_causal)
+    assert (mask_node.meta["val"].dtype if mask_node is not None else None) == mask
+    assert_equivalent(program, model, (x,))
+    assert_equivalent(Gradients(program.graph_module), Gradients(model), (x,))
+    assert not fused(program).rewrites
+
+
+@pytest.mark.parametrize("name", ["divided", "filled_mask", "where_masks", "einsum"])
+def test_dynamic_sizes_stay_dynamic(name: str) -> None:
+    forward, is_causal, _ = SPELLINGS[name]
+    model = Heads(forward).eval()
+    small, large = torch.randn(3, 5, 8), torch.randn(4, 7, 8)
+    program = capture_calls(model, [((small,), {}), ((large,), {})])
+    assert fused(program).counts() == {"fuse-softmax": 1}
+    (call,) = program.calls(SDPA)
+    assert call.args[5] is is_causal
+    for x in (small, large, torch.randn(2, 11, 8)):
+        assert_equivalent(program, model, (x,))
+
+
+def test_heads_are_recovered_from_a_merged_batch() -> None:
+    program = capture(Heads(split_as_in_torch).eval(), (torch.randn(5, 3, 8),))
+    fused(program)
+    (site,) = attention_sites(program)
+    assert site.shape == (3, 2, 2, 5, 5, 4, 4)
+
+
+def test_scales_are_multiplied() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        return (q * 0.5 @ (k / 4).mT * 3).softmax(-1) @ v
+
+    program = capture(Heads(forward).eval(), (torch.randn(2, 5, 8),))
+    fused(program)
+    (site,) = attention_sites(program)
+    assert site.scale == 0.5 / 4 * 3
+    assert count(program, aten.mul.Tensor, aten.div.Tensor) == 0
+
+
+def test_a_row_that_keeps_nothing_stays_uniform_where_it_was() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        return (q @ k.mT).masked_fill(x[:, None, None, :, 0] > -9, LOW).softmax(-1) @ v
+
+    model, x = Heads(forward).eval(), torch.randn(2, 5, 8)
+    program = capture(model, (x,))
+    fused(program)
+    assert_equivalent(program, model, (x,))
+
+
+def test_returned_probabilities_are_still_computed() -> None:
+    def forward(m: Heads, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = m.heads(x)
+        p = (q @ k.mT).softmax(-1)
+        return p @ v, p.mean(1)
+
+    model, x = Heads(forward).eval(), torch.randn(2, 5, 8)
+    program = capture(model, (x,))
+    fused(program)
+    assert count(program, SDPA) == 1
+    assert count(program, aten.softmax.int) == 1
+    assert count(program, aten.matmul.default) == 1  # that of the scores
+    assert_equivalent(program, model, (x,))
+    assert_equivalent(Gradients(program.graph_module), Gradients(model), (x,))
+
+
+def test_a_causal_mask_becomes_the_flag() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(*m.heads(x), attn_mask=keep, scale=0.3)
+
+    model, x = Heads(forward).eval(), torch.randn(2, 5, 8)
+    program = capture(model, (x,))
+    assert fused(program).counts() == {"flag-causal": 1}
+    (call,) = program.calls(SDPA)
+    assert call.args[3:] == (None, 0.0, True)
+    assert call.kwargs == {"scale": 0.3}
+    assert_equivalent(program, model, (x,))
+    assert not fused(program).rewrites
+
+
+def test_graph_text(golden: Callable[[str, str], None]) -> None:
+    program = capture(Heads(where_masks).eval(), (torch.randn(3, 5, 8),))
+    before = str(program)
+    fused(program)
+    golden(f"{before}\n\nbecomes\n\n{program}", "passes/fuse_attention.txt")
+
+
+def test_new_nodes_say_where_they_come_from() -> None:
+    program = capture(Heads(divided).eval(), (torch.randn(3, 5, 8),))
+    fused(program)
+    (call,) = program.calls(SDPA)
+    assert call.meta["provenance"].rule == "fuse-softmax"
+    assert call.meta["provenance"].sources == ("matmul_1",)
+
+
+def test_fuel_ends_it() -> None:
+    program = capture(Heads(divided).eval(), (torch.randn(3, 5, 8),))
+    ctx = PassContext()
+    ctx.fuel.left = 0
+    record = FuseAttention().run(program, ctx)
+    assert not record.rewrites
+    assert count(program, SDPA) == 0
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def soft_cap(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (torch.tanh(q @ k.mT / 50) * 50).softmax(-1) @ v
+
+
+def heads_mixed_before(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    mixed = F.linear((q @ k.mT).permute(0, 2, 3, 1), m.q.weight[:2, :2])
+    return mixed.permute(0, 3, 1, 2).softmax(-1) @ v
+
+
+def heads_mixed_by_a_product(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    mixed = (q @ k.mT).permute(0, 2, 3, 1) @ torch.ones(2, 2)
+    return mixed.permute(0, 3, 1, 2).softmax(-1) @ v
+
+
+def heads_mixed_after(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("hg,bgij->bhij", m.q.weight[:2, :2], (q @ k.mT).softmax(-1)) @ v
+
+
+def gated(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return ((q @ k.mT).softmax(-1) * x[:, None, :, :1]) @ v
+
+
+def transposed_probabilities(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhij,hbjd->hbid", (q @ k.mT).softmax(-1), v.transpose(0, 1))
+
+
+def by_hand(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def mixture_of_rows(m: Heads, x: Tensor) -> Tensor:
+    return F.softmax(m.q(x), -1) @ m.k.weight
+
+
+def weight_for_keys(m: Heads, x: Tensor) -> Tensor:
+    return torch.softmax(torch.matmul(m.v(x), m.k.weight), -1) @ m.q.weight
+
+
+def temperature(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT * m.temperature).softmax(-1) @ v
+
+
+def finite_fill(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT).masked_fill(x[:, None, None, :, 0] > 0, -5.0).softmax(-1) @ v
+
+
+def window_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    b, h, n, _ = q.shape
+    scores = (q @ k.mT).view(1, b, h, n, n) + x[None, :, None, :, :1]
+    return scores.view(b, h, n, n).softmax(-1) @ v
+
+
+def five_dimensions(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t[None] for t in m.heads(x))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def scores_transposed(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhid,bhjd->bhji", q, k).softmax(-1) @ v
+
+
+def unequal_ranks(m: Heads, x: Tensor) -> Tensor:
+    q, k, _ = m.heads(x)
+    return (q @ k.mT).softmax(-1) @ m.v(x)[0]
+
+
+def three_dimensions(m: Heads, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x))
+
+
+def dropout_at_inference(m: Heads, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*m.heads(x), dropout_p=0.1)
+
+
+REFUSALS: dict[Forward, str] = {
+    soft_cap: "a soft cap (tanh) stands between scores and softmax",
+    heads_mixed_before: "heads are mixed between scores and softmax",
+    heads_mixed_by_a_product: "heads are mixed between scores and softmax",
+    heads_mixed_after: "heads are mixed between softmax and the product with v",
+    gated: "probabilities are changed between softmax and the product with v",
+    transposed_probabilities: "probabilities are transposed before the product with v",
+    by_hand: "hand-written softmax: use torch.softmax, which is recognized",
+    mixture_of_rows: "softmax is not of a product of queries and keys, but of aten.linear",
+    weight_for_keys: "scores are a product with a weight, not of queries and keys",
+    temperature: "scores are scaled by something that is not a constant number",
+    finite_fill: "masked scores are filled with more than minus infinity",
+    window_mask: "a mask is applied in more than four dimensions",
+    five_dimensions: "attention over more than four dimensions",
+    scores_transposed: "scores are transposed between their product and softmax",
+    unequal_ranks: "queries, keys and values differ in their number of dimensions",
+    three_dimensions: "attention on tensors that are not (B, H, N, D): give heads apart",
+    dropout_at_inference: "attention with dropout at inference",
+}
+
+
+@pytest.mark.parametrize("forward", REFUSALS, ids=lambda forward: forward.__name__)
+def test_near_misses_say_why(forward: Forward) -> None:
+    program = capture(Heads(forward).eval(), (torch.randn(3, 5, 8),))
+    before = str(program)
+    record = fused(program)
+    assert [decline.reason for decline in record.declined] == [REFUSALS[forward]]
+    assert record.declined[0].at in program.graph.nodes
+    assert not record.rewrites
+    assert str(program) == before
+
+
+def test_dynamic_batches_that_broadcast_are_declined() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        return (q[:1] @ k.mT).softmax(-1) @ v
+
+    model = Heads(forward).eval()
+    calls = [((torch.randn(b, 5, 8),), {}) for b in (3, 4)]
+    (decline,) = fused(capture_calls(model, calls)).declined
+    assert decline.reason == UNEQUAL
+
+
+UNEQUAL = "batch sizes of queries, keys and values differ"
+
+
+def test_every_reason_is_hit() -> None:
+    known = [*REFUSALS.values(), UNEQUAL]
+    for module in (fuse_attention, scores):
+        assert module.__file__ is not None
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Decline":
+                first = node.args[0]
+                text = first.values[0] if isinstance(first, ast.JoinedStr) else first
+                assert isinstance(text, ast.Constant)
+                assert any(reason.startswith(str(text.value)) for reason in known), text.value
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_softmax_without_a_product_behind_it_is_no_anchor(dim: int) -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, _ = m.heads(x)
+        return (q @ k.mT).softmax(dim).sum(-1)
+
+    record = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),)))
+    assert not record.rewrites
+    assert not record.declined
+
+
+def test_softmax_over_another_axis_is_no_anchor() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        return (q @ k.mT).softmax(-2) @ v
+
+    record = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),)))
+    assert not record.rewrites
+    assert not record.declined
