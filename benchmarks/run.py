@@ -1,7 +1,6 @@
-"""Run the GPU benchmarks: `python benchmarks/run.py`, within about five minutes on an H100.
+"""Run every GPU benchmark, write benchmarks/results/<device>.json, and print short tables.
 
-Writes `benchmarks/results/<device>.json`, after each row: a run that is cut short leaves what
-it measured, and prints a short table last. `make_tables.py` turns the files into documentation.
+python benchmarks/run.py [--seconds 280] [--tune] [--out FILE]
 """
 
 from __future__ import annotations
@@ -21,15 +20,11 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-METHOD = (
-    "Each figure times one call recorded as a CUDA graph, the L2 cache flushed before each run: "
-    "median, 20 % and 80 % quantiles in milliseconds. Every row is checked against the dense "
-    "reference first. `ours` is the operator as it is; `best` is the fastest of `trials`."
-)
+BENCHMARKS = ("sparse_attention",)
 
 
 def load(name: str) -> ModuleType:
-    """Import a file that stands beside this one (the folder itself is not on the path)."""
+    """Import a file of this folder, which is no package."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -40,66 +35,49 @@ def load(name: str) -> ModuleType:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, or "unknown"."""
-    command = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"]
+    """The commit measured, "+" where the tree differs from it; empty where there is no git."""
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty=+"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+        return ""
+    return done.stdout.strip()
 
 
-def facts() -> dict[str, Any]:
-    """Say what was measured, on what, with what."""
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
     import triton
 
     return {
         "device": torch.cuda.get_device_name(),
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
         "commit": commit(),
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        },
-        "method": METHOD,
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
     }
 
 
-def print_table(headings: list[str], lines: list[list[str]]) -> None:
-    """Print columns, aligned."""
-    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
-    for line in [headings, *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def main() -> None:
-    """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER / "results", help="folder to write to"
-    )
-    parser.add_argument("--seconds", type=float, default=270, help="about how long to take")
+    """Parse the command line, measure, write."""
+    parser = argparse.ArgumentParser(description="Run the GPU benchmarks.")
+    parser.add_argument("--seconds", type=float, default=280, help="time to spend in all")
+    parser.add_argument("--tune", action="store_true", help="also time every tile size and option")
+    parser.add_argument("--out", type=Path, help="file to write instead of results/<device>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/run.py: no CUDA device")
-    benchmark = load("sparse_attention")
-    result = facts()
-    result["floor"] = benchmark.measure(torch.zeros(1, device="cuda").zero_)
-    rows: list[dict[str, Any]] = []
-    result["sparse_attention"] = rows
-    name = re.sub(r"\W+", "-", result["device"]).strip("-").lower()
-    path = arguments.output / f"{name}.json"
+    results: dict[str, Any] = {"environment": environment()}
+    for name in BENCHMARKS:
+        share = arguments.seconds / len(BENCHMARKS)
+        results[name] = load(name).measure(share, tuning=arguments.tune)
+    device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    path = arguments.out or FOLDER / "results" / f"{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for row in benchmark.rows(arguments.seconds):
-        rows.append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(*benchmark.summary(row), flush=True)
-    print(f"\n{result['device']}, milliseconds; written to {path}")
-    print_table(benchmark.HEADINGS, [benchmark.summary(row) for row in rows])
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

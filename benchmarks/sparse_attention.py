@@ -1,343 +1,299 @@
-"""Sparse attention, forward, beside dense kernels and FlexAttention. Run by `benchmarks/run.py`.
+"""Sparse attention on one GPU, forward, bf16: our kernel, PyTorch's, FlexAttention, and the ideal.
 
-Two families of static masks, bfloat16: random 128 x 128 blocks, and masks as pruning makes them (a
-band, the first columns and scattered columns, different in each head). They are drawn, not learned:
-what a learned mask gains is measured with the model it was learned for.
+Two kinds of mask: random 128 x 128 blocks, and element masks as pruning makes them (per head a
+band, the first columns, scattered columns). Masks are drawn, not learned: they measure kernels.
 
-`ideal` is what no kernel of this kind gets below: the dense non-causal time of cuDNN times the
-density, and for block masks at least reading q, k, v and writing o once.
+Ideal: the time of cuDNN's dense non-causal kernel times the density (of tiles for blocks, of
+elements otherwise), and at least what it takes to move q, k, v and o once.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxpress.kernels import AttentionKernel
-from fxpress.kernels.sparse_attention import emit, launch
-from fxpress.ops import (
-    AttentionSite,
-    LayoutSpec,
-    MaskLayout,
-    compile_mask,
-    layout_tiles,
-    reference,
-    sparse_attention,
-)
-from fxpress.testing import assert_equivalent
+from fxpress.kernels import MaskLayout, compile_mask
+from fxpress.kernels.sparse_attention import AttentionKernel, emit, launch
+from fxpress.ops import AttentionSite, layout_tiles, reference
 
-BLOCK = 128
-COPY_RATE = 3.0e9  # bytes per millisecond that an H100 copies at
-TILES = ((128, 64), (64, 64), (128, 32), (128, 128))
-OPTIONS = ((4, 2), (4, 3), (8, 2), (8, 3))  # (warps, stages)
-DTYPE = torch.bfloat16
+__all__ = ["measure"]
 
-Call = Callable[[], Any]
+BYTES_PER_MS = 3.0e9
+TILES = ((128, 64), (64, 64), (128, 32), (64, 32), (128, 128), (64, 128))
+OPTIONS = ((4, 3), (8, 3), (4, 2), (4, 5))
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row of the tables.
+class Row:
+    """One line of the tables, with the times in ms that the project set out from and to reach."""
 
-    Attributes:
-        family: "blocks" or "pruned".
-        shape: (B, H, N, D).
-        density: the parameter that the mask is drawn with.
-        goal: milliseconds to reach.
-        causal: whether the mask is causal.
-    """
-
-    family: str
-    shape: tuple[int, int, int, int]
+    kind: str
+    batch: int
+    heads: int
+    length: int
+    width: int
+    causal: bool
     density: float
-    goal: float
-    causal: bool = False
+    prototype: float
+    target: float
 
 
-CASES = (
-    Case("blocks", (8, 16, 1024, 64), 0.1, 0.033),
-    Case("blocks", (4, 16, 4096, 64), 0.1, 0.095),
-    Case("blocks", (4, 16, 4096, 64), 0.5, 0.35),
-    Case("blocks", (1, 16, 16384, 64), 0.1, 0.29),
-    Case("blocks", (1, 16, 16384, 128), 0.1, 0.44),
-    Case("pruned", (8, 16, 1024, 64), 0.1, 0.034, causal=True),
-    Case("pruned", (4, 16, 4096, 64), 0.1, 0.085, causal=True),
-    Case("pruned", (4, 16, 4096, 64), 0.1, 0.140),
-    Case("pruned", (4, 16, 4096, 64), 0.3, 0.180, causal=True),
-    Case("pruned", (1, 16, 8192, 128), 0.1, 0.120, causal=True),
+ROWS = (
+    Row("blocks", 8, 16, 1024, 64, False, 0.1, 0.0458, 0.033),
+    Row("blocks", 4, 16, 4096, 64, False, 0.1, 0.122, 0.095),
+    Row("blocks", 4, 16, 4096, 64, False, 0.5, 0.390, 0.35),
+    Row("elements", 8, 16, 1024, 64, True, 0.1, 0.046, 0.034),
+    Row("elements", 4, 16, 4096, 64, True, 0.1, 0.127, 0.085),
+    Row("elements", 4, 16, 4096, 64, False, 0.1, 0.185, 0.140),
+    Row("elements", 4, 16, 4096, 64, True, 0.3, 0.212, 0.180),
+    Row("elements", 1, 16, 8192, 128, True, 0.1, 0.179, 0.120),
+    Row("blocks", 1, 16, 16384, 64, False, 0.1, 0.334, 0.29),
+    Row("blocks", 1, 16, 16384, 128, False, 0.1, 0.553, 0.44),
 )
 
 
-# --- masks ----------------------------------------------------------------------------------
-
-
-def block_masks() -> dict[Case, Tensor]:
-    """Draw the kept blocks (H, N / 128, N / 128) of all block cases from one seed."""
-    generator = torch.Generator().manual_seed(0)
-    cases = {(case.shape, case.density): case for case in CASES if case.family == "blocks"}
-    drawn = {}
-    for shape in dict.fromkeys(shape for shape, _ in cases):
-        for density in (0.5, 0.1):
-            count = shape[2] // BLOCK
-            kept = torch.rand(shape[1], count, count, generator=generator) < density
-            kept.diagonal(dim1=1, dim2=2).fill_(True)
-            if (shape, density) in cases:
-                drawn[cases[shape, density]] = kept
-    return drawn
-
-
-def pruned_mask(heads: int, size: int, density: float, causal: bool) -> Tensor:
-    """Draw a mask like those that pruning makes, (H, N, N)."""
+def draw_blocks(row: Row) -> Tensor:
+    """Random 128 x 128 blocks and the diagonal, per head: (H, N / 128, N / 128)."""
     generator = torch.Generator().manual_seed(1)
-    row, column = torch.arange(size)[:, None], torch.arange(size)[None]
+    count = row.length // 128
+    blocks = torch.rand(row.heads, count, count, generator=generator) < row.density
+    return blocks | torch.eye(count, dtype=torch.bool)
+
+
+def draw_elements(row: Row) -> Tensor:
+    """A band, four first columns and scattered columns, per head: (H, N, N)."""
+    generator = torch.Generator().manual_seed(1)
+    i, j = torch.arange(row.length)[:, None], torch.arange(row.length)[None]
     masks = []
-    for _ in range(heads):
-        width = int(size * density * (0.3 + 0.9 * torch.rand(1, generator=generator).item()))
-        mask = ((row - column).abs() < width) | (column < 4)
-        scattered = torch.randperm(size, generator=generator)[: int(size * density * 0.3)]
-        mask[:, scattered] = True
-        if causal:
-            mask &= row >= column
-        masks.append(mask | (row == column))
+    for _ in range(row.heads):
+        share = 0.3 + 0.9 * torch.rand(1, generator=generator).item()
+        mask = ((i - j).abs() < int(row.length * row.density * share)) | (j < 4)
+        scattered = torch.randperm(row.length, generator=generator)
+        mask[:, scattered[: int(row.length * row.density * 0.3)]] = True
+        masks.append((mask & (i >= j) if row.causal else mask) | (i == j))
     return torch.stack(masks)
 
 
-def widen(blocks: Tensor) -> Tensor:
-    """Blocks (H, n, n) -> cells (H, 128 n, 128 n)."""
-    return blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+def draw(row: Row) -> Tensor:
+    """The element mask (H, N, N) of a row, bool on CPU."""
+    if row.kind == "elements":
+        return draw_elements(row)
+    return draw_blocks(row).repeat_interleave(128, 1).repeat_interleave(128, 2)
 
 
 # --- timing ---------------------------------------------------------------------------------
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """Record one call as a CUDA graph, so that the host's share is not measured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def measure(call: Call, milliseconds: int = 100) -> dict[str, float]:
-    """Time a call: median and quintiles in ms, the L2 cache flushed before each run."""
+def timed(function: Callable[[], Any], repetitions: int = 100) -> dict[str, float]:
+    """Median and quantiles in ms, the L2 cache flushed before each call."""
     from triton.testing import do_bench
 
-    graph = captured(call)
-    quantiles = [0.5, 0.2, 0.8]
-    median, low, high = do_bench(graph.replay, warmup=20, rep=milliseconds, quantiles=quantiles)
-    return {"median": median, "q20": low, "q80": high}
+    samples = torch.tensor(do_bench(function, warmup=25, rep=repetitions, return_mode="all"))
+    low, middle, high = samples.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return {"ms": middle, "p10": low, "p90": high, "samples": len(samples)}
 
 
-def attempt(call: Call) -> dict[str, Any]:
-    """Time a peer, or say why it does not run."""
+def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A peer that fails is a result too."""
     try:
-        return measure(call)
-    except Exception as error:  # noqa: BLE001 - a peer's failure is a result
+        return function()
+    except Exception as error:  # noqa: BLE001 - recorded, whatever it is
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    finally:
-        torch.cuda.empty_cache()
 
 
 # --- peers ----------------------------------------------------------------------------------
 
 
-def dense_peers(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Call]]:
-    """Yield dense attention, whole and causal."""
+def dense_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """PyTorch's fused kernels, dense, and causal too where the mask is."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-    def attend(backend: SDPBackend, causal: bool) -> Tensor:
+    results = {}
+    for (name, backend), causal in itertools.product(backends.items(), (False, True)):
+        call = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    for name, backend in backends.items():
-        yield f"{name} dense", functools.partial(attend, backend, False)
-        yield f"{name} causal", functools.partial(attend, backend, True)
+            results[name + "_causal" * causal] = attempt(partial(timed, call))
+    return results
 
 
-def flex_blocks(blocks: Tensor) -> Any:
-    """FlexAttention's form of whole blocks: no cell is tested."""
-    from torch.nn.attention.flex_attention import BlockMask
+def flex_peers(row: Row, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """FlexAttention, given the same blocks; element masks as bytes and as bits, at two sizes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    blocks = blocks.cuda()
-    count = blocks.sum(-1, dtype=torch.int32)[None]
-    index = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()[None]
-    partial = torch.zeros_like(count), torch.zeros_like(index)
-    return BlockMask.from_kv_blocks(*partial, count, index, BLOCK_SIZE=BLOCK)
+    flex = torch.compile(flex_attention)
+    dense = mask.to(q.device)
+    packed, heads = compile_mask(mask).tensors[:2]
+    bits = packed[heads]
+    blocks = draw_blocks(row).to(q.device) if row.kind == "blocks" else dense
 
+    def by_block(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return blocks[h, i // 128, j // 128]
 
-def flex_cells(mask: Tensor, block: int) -> Any:
-    """FlexAttention's form of a mask of single cells."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    def by_byte(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return dense[h, i, j]
 
-    heads, queries, keys = mask.shape
-    dense = mask.cuda()
+    def by_bit(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (bits[h, i, j // 8] >> (j % 8)) & 1 != 0
 
-    def keep(_batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return dense[head, query, key]
+    def run(keep: Any, block: int) -> dict[str, Any]:
+        where = str(q.device)
+        options: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if block == 64 else None
+        block_mask = create_block_mask(
+            keep, 1, row.heads, row.length, row.length, where, BLOCK_SIZE=block, _compile=True
+        )
+        call = partial(flex, q, k, v, block_mask=block_mask, kernel_options=options)
+        return timed(call) | {"block_density": 1 - block_mask.sparsity() / 100}
 
-    return create_block_mask(keep, 1, heads, queries, keys, device="cuda", BLOCK_SIZE=block)
-
-
-def flex_peers(
-    case: Case, blocks: Tensor | None, mask: Tensor, tensors: tuple[Tensor, Tensor, Tensor]
-) -> Iterator[tuple[str, Call]]:
-    """Yield FlexAttention with the same mask, and with the mask rounded out to whole blocks."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch.compiler.reset()
-    flex = torch.compile(flex_attention, dynamic=False)
-
-    def deferred(make: Callable[[], Any], **options: Any) -> Call:
-        made: list[Any] = []
-
-        def call() -> Any:
-            if not made:
-                made.append(make())
-            return flex(*tensors, block_mask=made[0], **options)
-
-        return call
-
-    if blocks is not None:
-        yield "flex, same blocks", deferred(lambda: flex_blocks(blocks))
-        return
-    count = case.shape[2] // BLOCK
-    occupied = mask.view(-1, count, BLOCK, count, BLOCK).any(4).any(2)
-    yield "flex, rounded out to blocks", deferred(lambda: flex_blocks(occupied))
-    if mask.numel() <= 16 * 4096**2:
-        yield "flex, blocks of 128", deferred(lambda: flex_cells(mask, 128))
-        small = {"kernel_options": {"BLOCK_M": 64, "BLOCK_N": 64}}
-        yield "flex, blocks of 64", deferred(lambda: flex_cells(mask, 64), **small)
+    if row.kind == "blocks":
+        return {"flex_128": attempt(partial(run, by_block, 128))}
+    ways = {"flex_128": (by_byte, 128), "flex_64": (by_byte, 64), "flex_128_bits": (by_bit, 128)}
+    return {name: attempt(partial(run, *way)) for name, way in ways.items()}
 
 
 # --- ours -----------------------------------------------------------------------------------
 
 
-def recut(layout: MaskLayout, tile: tuple[int, int]) -> MaskLayout:
-    """Return a layout with another tile, without packing the mask again."""
-    bits, heads = (tensor.cpu().numpy() for tensor in layout.tensors[:2])
-    facts, lists = layout_tiles.build(layout.facts, bits, heads, tile)
-    common = layout.tensors[: 3 if facts.empty else 2]
-    return MaskLayout(str(facts), (*common, *(part.cuda() for part in lists)))
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and the launch options of its kernel."""
+
+    layout: MaskLayout
+    kernel: AttentionKernel
+
+    @classmethod
+    def of(cls, layout: MaskLayout, q: Tensor, k: Tensor, v: Tensor) -> Candidate:
+        """With the options that the table gives."""
+        return cls(layout, AttentionKernel.of(AttentionSite.of(q, k, v, layout.facts)))
+
+    def runner(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+        """A call that launches the kernel and does little else."""
+        function = emit(self.kernel).load().kernel
+        tensors = list(self.layout.tensors)
+        facts = self.layout.facts
+        return partial(launch, function, self.kernel, facts, (q, k, v), tensors, None, scale)
+
+    def describe(self) -> dict[str, Any]:
+        """What distinguishes it."""
+        facts = self.layout.facts
+        return {
+            "tile": facts.tile,
+            "full": facts.full,
+            "packed": facts.packed,
+            "warps": self.kernel.warps,
+            "stages": self.kernel.stages,
+            "tile_density": self.layout.tile_density,
+            "source": emit(self.kernel).digest[:16],
+        }
 
 
-def kernel_call(
-    layout: MaskLayout, tensors: tuple[Tensor, Tensor, Tensor], warps: int, stages: int
-) -> Call:
-    """Return a call of one kernel."""
-    scale = tensors[0].shape[-1] ** -0.5
-    site = AttentionSite.of(*tensors, layout.facts, scale=scale)
-    spec = replace(AttentionKernel.of(site), warps=warps, stages=stages)
-    kernel, lists = emit(spec).load().kernel, list(layout.tensors)
-    return lambda: launch(kernel, spec, layout.facts, tensors, lists, None, scale)
+def layouts(mask: Tensor) -> Iterator[MaskLayout]:
+    """Every tile size, with full tiles apart and with all columns packed."""
+    seen = set()
+    for tile, price in itertools.product(TILES, (0.0, 1e12)):
+        costs = replace(layout_tiles.COSTS, second_loop=price)
+        with mock.patch.object(layout_tiles, "COSTS", costs):
+            layout = compile_mask(mask, tile)
+        if layout.spec not in seen:
+            seen.add(layout.spec)
+            yield layout
 
 
-def trials(
-    layout: MaskLayout, tensors: tuple[Tensor, Tensor, Tensor], deadline: float
+def tune(
+    mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, deadline: float
 ) -> list[dict[str, Any]]:
-    """Time every tile and launch option, fastest first, until the deadline."""
-    found = []
-    for tile in TILES:
-        cut = recut(layout, tile)
+    """Time candidates until the deadline, fastest first in the result."""
+    results: list[dict[str, Any]] = []
+    for layout in layouts(mask):
         for warps, stages in OPTIONS:
             if time.monotonic() > deadline:
-                break
-            trial = {"tile": tile, "warps": warps, "stages": stages, "cells": cut.facts.computed}
-            try:
-                trial |= measure(kernel_call(cut, tensors, warps, stages), 30)
-            except Exception as error:  # noqa: BLE001 - such as too much shared memory
-                trial["error"] = f"{type(error).__name__}: {error}"[:200]
-            found.append(trial)
-    return sorted(found, key=lambda trial: trial.get("median", float("inf")))
+                return sorted(results, key=lambda r: float(r.get("ms", 1e9)))
+            plain = Candidate.of(layout, q, k, v)
+            tuned = replace(plain, kernel=replace(plain.kernel, warps=warps, stages=stages))
+            run = tuned.runner(q, k, v, scale)
+            result = attempt(partial(timed, run, 40))
+            results.append(tuned.describe() | result)
+    return sorted(results, key=lambda r: float(r.get("ms", 1e9)))
 
 
-def check(layout: MaskLayout, tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> None:
-    """Compare the first and the last head of the last batch element with the reference."""
-    out = sparse_attention(*tensors, layout)
-    for head in (0, mask.shape[0] - 1):
-        part = [x[-1:, head : head + 1] for x in tensors]
-        got = out[-1:, head : head + 1]
-        args = (*part, mask[head : head + 1].cuda())
-        assert_equivalent(lambda *_, result=got: result, reference, args)
+def error_against_reference(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> float:
+    """Relative RMS error of one batch element, two heads, rows throughout."""
+    heads = slice(0, 2)
+    rows = torch.arange(0, q.shape[2], max(1, q.shape[2] // 1024), device=q.device)
+    kept = mask[heads][:, rows.cpu()].to(q.device)
+    want = reference(q[:1, heads, rows], k[:1, heads], v[:1, heads], kept).float()
+    got = out[:1, heads, rows].float()
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def describe(facts: LayoutSpec, tensors: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
-    """Say what the operator runs by itself."""
-    site = AttentionSite.of(*tensors, facts, scale=1.0)
-    spec = AttentionKernel.of(site)
-    chosen = {"tile": facts.tile, "warps": spec.warps, "stages": spec.stages}
-    return chosen | {"source": emit(spec).digest, "cells": facts.computed}
-
-
-def run_case(case: Case, blocks: Tensor | None, deadline: float) -> dict[str, Any]:
-    """Check and time one row."""
-    batch, heads, size, width = case.shape
-    mask = pruned_mask(heads, size, case.density, case.causal) if blocks is None else widen(blocks)
+def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
+    """All figures of one line."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(case.shape, device="cuda", dtype=DTYPE) for _ in range(3))
-    layout = compile_mask(mask, device="cuda")
-    check(layout, (q, k, v), mask)
-    density = layout.facts.kept / mask.numel()
-    ours = describe(layout.facts, (q, k, v)) | measure(lambda: sparse_attention(q, k, v, layout))
-    peers = {name: attempt(call) for name, call in dense_peers(q, k, v)}
-    tried = trials(layout, (q, k, v), deadline)
-    for name, call in flex_peers(case, blocks, mask, (q, k, v)):
-        late = time.monotonic() > deadline
-        peers[name] = {"error": "no time left"} if late else attempt(call)
-    ideal = peers["cudnn dense"].get("median", float("nan")) * density
-    if blocks is not None:
-        ideal = max(ideal, 4 * batch * heads * size * width * DTYPE.itemsize / COPY_RATE)
-    return {
-        "family": case.family,
-        "shape": case.shape,
-        "causal": case.causal,
-        "density": density,
-        "tile_density": layout.tile_density,
-        "ideal": ideal,
-        "goal": case.goal,
+    shape = (row.batch, row.heads, row.length, row.width)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    scale = row.width**-0.5
+    mask = draw(row)
+    layout = compile_mask(mask)
+    default = Candidate.of(layout, q, k, v)
+    run = default.runner(q, k, v, scale)
+    error = error_against_reference(run(), q, k, v, mask)
+    if error > 0.02:
+        raise AssertionError(f"{row}: relative error {error:.3g} against the reference")
+    peers = dense_peers(q, k, v)
+    ours = timed(run, 200) | default.describe() | {"relative_error": error}
+    peers |= flex_peers(row, mask, q, k, v)
+    density = layout.tile_density if row.kind == "blocks" else layout.live_density
+    traffic = 4 * q.numel() * q.element_size() / BYTES_PER_MS
+    dense = peers["cudnn"].get("ms") or peers["flash"]["ms"]
+    result = {
+        "row": row.__dict__,
+        "live_density": layout.live_density,
+        "ideal_ms": max(dense * density, traffic),
         "ours": ours,
-        "best": tried[0] if tried else None,
-        "trials": tried,
         "peers": peers,
     }
+    if tuning:
+        result["tuned"] = tune(mask, q, k, v, scale, deadline)
+    return result
 
 
-def rows(seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield the rows; each gets its share of the seconds that are left."""
+def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
+    """Measure all rows within about `seconds`; what no time was left for is named."""
     end = time.monotonic() + seconds
-    drawn = block_masks()
-    for index, case in enumerate(CASES):
-        now = time.monotonic()
-        deadline = now + (end - now) / (len(CASES) - index)
-        yield run_case(case, drawn.get(case), deadline)
+    done: list[dict[str, Any]] = []
+    for index, row in enumerate(ROWS):
+        left = end - time.monotonic()
+        if left < 0:
+            break
+        result = measure_row(row, time.monotonic() + left / (len(ROWS) - index), tuning=tuning)
+        done.append(result)
+        print(summary(result), flush=True)
         torch.cuda.empty_cache()
+    return {"rows": done, "not_measured": [row.__dict__ for row in ROWS[len(done) :]]}
 
 
-def summary(row: dict[str, Any]) -> list[str]:
-    """Return the cells of one line of the printed table."""
-    flex = [
-        peer["median"] for name, peer in row["peers"].items() if "flex" in name and "median" in peer
-    ]
-    cudnn = row["peers"]["cudnn causal" if row["causal"] else "cudnn dense"].get("median")
-    best = (row["best"] or {}).get("median")
-    figures = [row["ours"]["median"], best, cudnn, min(flex, default=None)]
-    cells = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
-    size = "x".join(map(str, row["shape"])) + " causal" * row["causal"]
-    limits = [f"{row['ideal']:.4f}", f"{row['goal']:.3f}"]
-    return [row["family"], size, f"{row['density']:.3f}", *cells, *limits]
-
-
-HEADINGS = ["mask", "B x H x N x D", "density", "ours", "tuned", "cuDNN", "flex", "ideal", "goal"]
+def summary(result: dict[str, Any]) -> str:
+    """One line for a person."""
+    row, ours, peers = result["row"], result["ours"], result["peers"]
+    shape = "{batch},{heads},{length},{width}".format(**row)
+    causal = " causal" * row["causal"]
+    flex = min((p["ms"] for n, p in peers.items() if "flex" in n and "ms" in p), default=None)
+    best = min(peers[n].get("ms", 1e9) for n in peers if "flex" not in n and "causal" in n)
+    line = (
+        f"{row['kind']:8} {shape:16}{causal:7} kept {result['live_density']:.3f} tiles "
+        f"{ours['tile_density']:.3f} {ours['tile']} | ours {ours['ms']:.4f} reach "
+        f"{row['target']:.4f} ideal {result['ideal_ms']:.4f} causal dense {best:.4f} flex {flex}"
+    )
+    for tuned in result.get("tuned", [])[:3]:
+        keys = ("ms", "tile", "full", "packed", "warps", "stages", "tile_density")
+        line += "\n    " + " ".join(f"{k}={tuned.get(k)}" for k in keys)
+    return line

@@ -124,8 +124,8 @@ class AttentionKernel:
         q, kv = self.rows * width, 2 * self.columns * width
         mask = 8 * self.rows * self.columns * self.mask_per_row
         if self.dtype == "float32":
-            return 6 * (q + kv) + 4 * (self.stages - 1) * kv + mask + 6144
-        return 2 * (q + 2 * kv) + mask + 6144
+            return 6 * (q + kv) + 4 * (self.stages - 1) * kv + mask + 9216
+        return 2 * (q + 2 * kv) + mask + 9216
 
     @property
     def biased(self) -> bool:

@@ -22,15 +22,32 @@ from torch import Tensor
 from fxpress.errors import PlanError
 from fxpress.ops.mask_layout import Bits, LayoutSpec
 
-__all__ = ["build"]
+__all__ = ["COSTS", "TileCosts", "build"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _TILES = ((128, 64), (64, 64), (128, 32), (64, 32))
-# In cells computed: what a tile costs beside its cells, how much more a packed cell costs, what a
-# query tile costs, and what the second loop of a query tile that has both lists costs.
-_PER_TILE, _PACKED, _PER_ROW, _SECOND_LOOP = 1500.0, 1.25, 64.0, 6000.0
+
+
+@dataclass(frozen=True)
+class TileCosts:
+    """The cost model, in full cells computed; its ratios were measured on an H100.
+
+    Attributes:
+        tile: what a key tile costs beside its cells.
+        packed: how much a packed cell costs.
+        row: what a query row costs.
+        second_loop: what filling the pipeline again costs a query tile that has both lists.
+    """
+
+    tile: float = 1500.0
+    packed: float = 1.4
+    row: float = 64.0
+    second_loop: float = 6000.0
+
+
+COSTS = TileCosts()
 _WORD = 32
 
 
@@ -52,9 +69,9 @@ class _Cut:
         """Estimated cost of each pair, in cells."""
         full, packed = self.full.sum(1), self.packed_tiles
         cells = self.tile[0] * self.tile[1]
-        both = _SECOND_LOOP * ((full > 0) & (packed > 0))
-        tiles = full * (cells + _PER_TILE) + packed * (_PACKED * cells + _PER_TILE)
-        return np.asarray(both + tiles + _PER_ROW * self.tile[0])
+        both = COSTS.second_loop * ((full > 0) & (packed > 0))
+        tiles = full * (cells + COSTS.tile) + packed * (COSTS.packed * cells + COSTS.tile)
+        return np.asarray(both + tiles + COSTS.row * self.tile[0])
 
 
 def _summaries(bits: Bits, rows: int, keys: int) -> tuple[Bools, Bools]:

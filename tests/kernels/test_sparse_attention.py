@@ -45,7 +45,7 @@ MAX_STACK = {"float32": 256, "float16": 0, "bfloat16": 0}
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_source(name: str, golden: Callable[[str, str], None]) -> None:
     source = emit(KERNELS[name])
-    golden(source.text, f"kernels/sparse_attention_{name}.py")
+    golden(source.text, f"kernels/sparse_attention_{name}.txt")
     assert source == emit(KERNELS[name])
 
 
