@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fxpress.capture import capture, capture_calls
 from fxpress.passes import fuse_attention, scores
 from fxpress.passes.fuse_attention import FuseAttention
@@ -18,8 +20,6 @@ from fxpress.program import Program
 from fxpress.rewrite import PassContext, PassRecord
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -45,26 +45,6 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Whatever is tested."""
         return self.body(self, x)
-
-
-class Gradients(nn.Module):
-    """The gradients of a module's outputs by its parameters, in the order of their names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """A fixed combination of all outputs, differentiated."""
-        with torch.enable_grad():
-            outputs = pytree.tree_leaves(self.module(*args, **kwargs))
-            floats = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-            weights = [(torch.arange(t.numel()) % 7 - 3).view(t.shape).to(t.dtype) for t in floats]
-            loss = sum((t * w).sum() for t, w in zip(floats, weights, strict=True))
-            assert isinstance(loss, Tensor)
-            named = sorted(self.module.named_parameters())
-            found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-        return [g for g in found if g is not None]
 
 
 def upper(n: int) -> Tensor:
@@ -237,7 +217,9 @@ def count(program: Program, *targets: Any) -> int:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_every_spelling_becomes_one_operator(name: str) -> None:
+def test_every_spelling_becomes_one_operator(
+    name: str, assert_same_gradients: Callable[..., None]
+) -> None:
     forward, is_causal, mask = SPELLINGS[name]
     dtype = torch.bfloat16 if name in IN_HALF else torch.float32
     model, x = Heads(forward).to(dtype).eval(), torch.randn(3, 5, 8, dtype=dtype)
@@ -252,7 +234,7 @@ def test_every_spelling_becomes_one_operator(name: str) -> None:
     assert (dropout, flag) == (0.0, is_causal)
     assert (mask_node.meta["val"].dtype if mask_node is not None else None) == mask
     assert_equivalent(program, model, (x,))
-    assert_equivalent(Gradients(program.graph_module), Gradients(model), (x,))
+    assert_same_gradients(program.graph_module, model, (x,), None)
     assert not fused(program).rewrites
 
 
@@ -299,7 +281,9 @@ def test_a_row_that_keeps_nothing_stays_uniform_where_it_was() -> None:
     assert_equivalent(program, model, (x,))
 
 
-def test_returned_probabilities_are_still_computed() -> None:
+def test_returned_probabilities_are_still_computed(
+    assert_same_gradients: Callable[..., None],
+) -> None:
     def forward(m: Heads, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = m.heads(x)
         p = (q @ k.mT).softmax(-1)
@@ -312,7 +296,7 @@ def test_returned_probabilities_are_still_computed() -> None:
     assert count(program, aten.softmax.int) == 1
     assert count(program, aten.matmul.default) == 1  # that of the scores
     assert_equivalent(program, model, (x,))
-    assert_equivalent(Gradients(program.graph_module), Gradients(model), (x,))
+    assert_same_gradients(program.graph_module, model, (x,), None)
 
 
 def test_a_causal_mask_becomes_the_flag() -> None:
