@@ -109,23 +109,23 @@ class AttentionKernel:
     def with_options(self) -> AttentionKernel:
         """Return the same with warps and stages from a small table of what was fastest."""
         wide = max(self.head_dim, self.value_dim) > 64
-        if self.dtype == "float32":
-            return replace(self, warps=8 if self.rows >= 128 else 4, stages=1 if wide else 2)
-        return replace(self, warps=8 if wide and self.rows >= 128 else 4, stages=3)
+        warps = 8 if self.rows >= 128 and (wide or self.dtype == "float32") else 4
+        stages = (1 if wide else 2) if self.dtype == "float32" else (2 if wide else 3)
+        return replace(self, warps=warps, stages=stages)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that the compiled kernel takes, from above.
 
-        It holds q, two tiles of k and v, and those of a mask that differs between rows. float32 has
-        one tile of k and v per stage, and the halves that its products are split into.
+        It holds q, a tile of k and v per stage, and of a mask that differs between rows. float32
+        adds the halves that its products are split into.
         """
         width = _power_of_two(max(self.head_dim, self.value_dim))
         q, kv = self.rows * width, 2 * self.columns * width
-        mask = 8 * self.rows * self.columns * self.mask_per_row
+        mask = 4 * self.stages * self.rows * self.columns * self.mask_per_row
         if self.dtype == "float32":
             return 6 * (q + kv) + 4 * (self.stages - 1) * kv + mask + 9216
-        return 2 * (q + 2 * kv) + mask + 9216
+        return 2 * (q + self.stages * kv) + mask + 9216
 
     @property
     def biased(self) -> bool:
@@ -282,18 +282,23 @@ def _tests(s: AttentionKernel, packed: bool) -> list[str]:
     return tests
 
 
+def _columns(s: AttentionKernel, packed: bool, tile: str) -> str:
+    """Key columns of a tile of one of the lists."""
+    if packed:
+        return f"tl.load(COLUMN + {tile} * {s.columns} + n)"
+    return f"tl.load(FULL_TILE + {tile}) * {s.columns} + n"
+
+
 def _body(s: AttentionKernel, packed: bool) -> list[str]:
     """One tile of keys."""
-    column = f"tl.load(COLUMN + t * {s.columns} + n)"
-    if not packed:
-        column = f"tl.load(FULL_TILE + t) * {s.columns} + n"
     k_guard = ["present[None, :]"] * s.clipped + _width_guard("d[:, None]", s.head_dim)
     v_guard = ["present[:, None]"] * s.clipped
     v_guard += _width_guard(f"{_value_index(s)}[None, :]", s.value_dim)
     precise = ', input_precision="tf32x3"' if s.dtype == "float32" else ""
     tests = _tests(s, packed)
     return [
-        f"column = {column}",
+        "column = following",
+        f"following = {_columns(s, packed, '(t + 1)')}",
         *(["present = column < keys"] * s.clipped),
         *(_bits(s) if packed else []),
         *([_extra(s)] if s.mask != "none" else []),
@@ -308,13 +313,18 @@ def _body(s: AttentionKernel, packed: bool) -> list[str]:
 
 
 def _loop(s: AttentionKernel, packed: bool) -> list[str]:
-    start = "PACKED_START" if packed else "FULL_START"
+    """Walk one list. Columns are read a step ahead, so that keys can be loaded several ahead."""
+    bounds = "PACKED_START" if packed else "FULL_START"
     if packed:
         head = ["# Packed tiles: a bit says whether a row keeps a column."]
         head.append(f"bit = 1 << (n % {_WORD})")
     else:
         head = ["# Full tiles: every row keeps every column."]
-    head.append(f"for t in range(tl.load({start} + pair), tl.load({start} + pair + 1)):")
+    head += [
+        f"start = tl.load({bounds} + pair)",
+        f"following = {_columns(s, packed, 'start')}",
+        f"for t in range(start, tl.load({bounds} + pair + 1)):",
+    ]
     return head + [f"    {line}" for line in _body(s, packed)]
 
 

@@ -106,6 +106,11 @@ def _offsets(counts: Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
+def _and_one(tiles: Ints) -> Ints:
+    """Append a tile that is read, ahead of its turn, but never used."""
+    return np.concatenate([tiles, np.zeros_like(tiles[:1])])
+
+
 def _pack_columns(cut: _Cut) -> tuple[Ints, Bools, Ints]:
     """Return columns (tiles, BN), which of them are padding, and the pair of each tile."""
     width = cut.tile[1]
@@ -159,7 +164,8 @@ def build(
     Returns:
         The completed facts, and int32 tensors: order of the pairs head * T + tile, longest first
         (H * T,); where full tiles exist, offsets (U * T + 1,) and tile indices; where packed ones
-        do, offsets (U * T + 1,), columns (tiles, BN) and words (tiles, BN / 32, BM).
+        do, offsets (U * T + 1,), columns (tiles + 1, BN) and words (tiles, BN / 32, BM). Tile
+        indices and columns have one entry more than is used.
     """
     if tile is not None:
         _check_tile(tile)
@@ -171,10 +177,10 @@ def build(
     ]
     full, packed = bool(cut.full.any()), bool(cut.rest.any())
     if full:
-        lists += [_offsets(cut.full.sum(1)), np.nonzero(cut.full)[1]]
+        lists += [_offsets(cut.full.sum(1)), _and_one(np.nonzero(cut.full)[1])]
     if packed:
         columns, padding, owner = _pack_columns(cut)
-        lists += [_offsets(cut.packed_tiles), columns]
+        lists += [_offsets(cut.packed_tiles), _and_one(columns)]
         lists.append(_words(bits, cut, columns, padding, owner))
     tiles = cut.full.sum(1) + cut.packed_tiles
     computed = int(tiles[pairs].sum()) * cut.tile[0] * cut.tile[1]
