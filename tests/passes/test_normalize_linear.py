@@ -224,7 +224,7 @@ def test_a_product_that_is_used_twice_keeps_its_views() -> None:
 
 REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int, ...]]] = [
     (
-        "the weight is read in another layout too",
+        "the weight is read in another layout too: a copy would untie it",
         lambda x, w: nn.functional.linear(x @ w, w),
         ((N, M),),
         (T, N),
@@ -236,7 +236,7 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         ((M, N),),
         (T, N),
     ),
-    ("the weight stands on the left", lambda x, w: w @ x, ((M, N),), (N, T)),
+    ("the weight stands on the left: it maps columns", lambda x, w: w @ x, ((M, N),), (N, T)),
     ("the weight is a batch of matrices", torch.bmm, ((B, N, M),), (B, T, N)),
     (
         "addmm scales its terms by beta and alpha",
@@ -245,7 +245,7 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         (T, N),
     ),
     (
-        "what addmm adds is no bias",
+        "what addmm adds is no bias: it differs between rows",
         lambda x, w, b: torch.addmm(b, x, w),
         ((N, M), (T, M)),
         (T, N),
