@@ -50,7 +50,7 @@ def attention_calls(site: AttentionSite, inputs: Mapping[str, Any]) -> list[Atte
     Raises:
         CalibrationError: padding on the left, which shifts positions against a static mask.
     """
-    q, k, v = (inputs[node.name].float() for node in site.node.args[:3])
+    q, k, v = (inputs[node.name].float() for node in (site.q, site.k, site.v))
     mask_node = _mask_argument(site.node)
     mask = inputs[mask_node.name] if mask_node is not None else None
     return [_one(site, q[b], k[b], v[b], _element(mask, b)) for b in range(q.shape[0])]

@@ -38,7 +38,8 @@ SINKS = 4  # first keys, which many heads rest on
 def _tiles(x: Tensor, rows: int, tiles: int) -> Tensor:
     """(H, Nq, ...) -> (H, T, rows, ...), missing rows zero."""
     missing = tiles * rows - x.shape[1]
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).unflatten(1, (tiles, rows))
+    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    return torch.unflatten(padded, 1, (tiles, rows))
 
 
 def _valid_p(call: AttentionCall) -> Tensor:
@@ -123,7 +124,8 @@ class ColumnRanks:
         if self.unit == 1:
             return value
         padded = F.pad(value, (0, -self.keys % self.unit)).unflatten(-1, (-1, self.unit))
-        return padded.sum(-1).repeat_interleave(self.unit, -1)[..., : self.keys]
+        total: Tensor = padded.sum(-1)
+        return total.repeat_interleave(self.unit, -1)[..., : self.keys]
 
     def _window(self) -> Tensor:
         """Nearness of columns to a tile's rows (T, Nk), the first keys nearest of all."""

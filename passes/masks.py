@@ -40,7 +40,8 @@ def pool_blocks(values: Tensor, block: Block) -> Tensor:
     rows, columns = block
     padded = F.pad(values, (0, -values.shape[-1] % columns, 0, -values.shape[-2] % rows))
     split = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
-    return split.sum((-3, -1))
+    total: Tensor = split.sum((-3, -1))
+    return total
 
 
 def unpool(blocks: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:

@@ -111,7 +111,7 @@ class PruneAttentionConfig:
                     f"prune-attention: {name} is {getattr(self, name)!r}: give one of {allowed}"
                 )
         pruned = self.pruned
-        if pruned is not None and not (isinstance(pruned, (int, float)) and 0 <= pruned < 1):
+        if pruned is not None and not 0 <= pruned < 1:
             raise PlanError(f"prune-attention: pruned is {pruned!r}: give a share in [0, 1)")
         for name in ("block", "rows", "min_keep_per_row"):
             value = getattr(self, name)
@@ -397,7 +397,7 @@ class _Size(Observer):
         self.node = self.site.node
 
     def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
-        q, k = (inputs[n.name] for n in self.site.node.args[:2])
+        q, k = inputs[self.site.q.name], inputs[self.site.k.name]
         self.longest = (max(self.longest[0], q.shape[2]), max(self.longest[1], k.shape[2]))
 
 
@@ -434,7 +434,7 @@ def _rung(scored: Sequence[ColumnErrors], share: float, device: str) -> Proposal
         for errors, (family, cut) in zip(scored, choices, strict=True):
             site = errors.ranks.site
             mask = errors.mask(family, cut)
-            live = live_cells(*mask.shape[1:], site.is_causal)
+            live = live_cells(mask.shape[1], mask.shape[2], site.is_causal)
             if bool((mask == live).all()):
                 continue  # nothing to gain here: the attention stays as it is
             lost = errors.errors.gather(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxpress.capture import capture, capture_calls
+from fxpress.capture import Call, capture, capture_calls
 from fxpress.passes import fuse_attention, scores
 from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.sites import attention_sites
@@ -37,10 +37,11 @@ class Heads(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.5))
         self.body = body
 
-    def heads(self, x: Tensor) -> list[Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, (B, 2, N, 4) each."""
         flat = (self.q(x), self.k(x), self.v(x))
-        return [t.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for t in flat]
+        q, k, v = (t.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for t in flat)
+        return q, k, v
 
     def forward(self, x: Tensor) -> Any:
         """Whatever is tested."""
@@ -141,12 +142,14 @@ def split_as_in_torch(m: Heads, x: Tensor) -> Tensor:
 
 
 def without_heads(m: Heads, x: Tensor) -> Tensor:
-    return torch.softmax(m.q(x) @ m.k(x).mT, 2) @ m.v(x)
+    result: Tensor = torch.softmax(m.q(x) @ m.k(x).mT, 2) @ m.v(x)
+    return result
 
 
 def without_batch(m: Heads, x: Tensor) -> Tensor:
     row = x[0]
-    return torch.softmax(m.q(row) @ m.k(row).T, -1) @ m.v(row)
+    result: Tensor = torch.softmax(m.q(row) @ m.k(row).T, -1) @ m.v(row)
+    return result
 
 
 def repeated_keys(m: Heads, x: Tensor) -> Tensor:
@@ -172,7 +175,8 @@ def mixed_dtypes(m: Heads, x: Tensor) -> Tensor:
 
 def learned_queries(m: Heads, x: Tensor) -> Tensor:
     q = m.q.weight.view(1, 8, 8).expand(x.shape[0], -1, -1)
-    return torch.softmax(q @ m.k(x).mT, -1) @ m.v(x)
+    result: Tensor = torch.softmax(q @ m.k(x).mT, -1) @ m.v(x)
+    return result
 
 
 # name: (forward, whether it is causal, dtype of the mask)
@@ -230,9 +234,11 @@ def test_every_spelling_becomes_one_operator(
     assert count(program, aten.softmax.int, aten._softmax.default) == 0
     (call,) = program.calls(SDPA)
     q, _, _, mask_node, dropout, flag = call.args
+    assert isinstance(q, fx.Node)
     assert q.meta["val"].ndim == 4
     assert (dropout, flag) == (0.0, is_causal)
-    assert (mask_node.meta["val"].dtype if mask_node is not None else None) == mask
+    found = mask_node.meta["val"].dtype if isinstance(mask_node, fx.Node) else None
+    assert found == mask
     assert_equivalent(program, model, (x,))
     assert_same_gradients(program.graph_module, model, (x,), None)
     assert not fused(program).rewrites
@@ -302,7 +308,8 @@ def test_returned_probabilities_are_still_computed(
 def test_a_causal_mask_becomes_the_flag() -> None:
     def forward(m: Heads, x: Tensor) -> Tensor:
         keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        return F.scaled_dot_product_attention(*m.heads(x), attn_mask=keep, scale=0.3)
+        q, k, v = m.heads(x)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
 
     model, x = Heads(forward).eval(), torch.randn(2, 5, 8)
     program = capture(model, (x,))
@@ -416,15 +423,18 @@ def scores_transposed(m: Heads, x: Tensor) -> Tensor:
 
 def unequal_ranks(m: Heads, x: Tensor) -> Tensor:
     q, k, _ = m.heads(x)
-    return (q @ k.mT).softmax(-1) @ m.v(x)[0]
+    result: Tensor = (q @ k.mT).softmax(-1) @ m.v(x)[0]
+    return result
 
 
 def three_dimensions(m: Heads, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x))
+    q: Tensor = m.q(x)
+    return F.scaled_dot_product_attention(q, m.k(x), m.v(x))
 
 
 def dropout_at_inference(m: Heads, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*m.heads(x), dropout_p=0.1)
+    q, k, v = m.heads(x)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
 REFUSALS: dict[Forward, str] = {
@@ -465,7 +475,7 @@ def test_dynamic_batches_that_broadcast_are_declined() -> None:
         return (q[:1] @ k.mT).softmax(-1) @ v
 
     model = Heads(forward).eval()
-    calls = [((torch.randn(b, 5, 8),), {}) for b in (3, 4)]
+    calls: list[Call] = [((torch.randn(b, 5, 8),), {}) for b in (3, 4)]
     (decline,) = fused(capture_calls(model, calls)).declined
     assert decline.reason == UNEQUAL
 
