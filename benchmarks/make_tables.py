@@ -46,14 +46,17 @@ def show(value: float | None) -> str:
 
 def attention_line(result: dict[str, Any]) -> str:
     """One line of the attention table."""
-    row, ours, peers = result["row"], result["ours"], result["peers"]
+    row = result["row"]
+    shape = ", ".join(str(row[key]) for key in ("batch", "heads", "length", "width"))
+    mask = row["kind"] + ", causal" * row["causal"]
+    if "error" in result:
+        return f"| {mask} | {shape} | {result['error']} | | | | | |"
+    ours, peers = result["ours"], result["peers"]
     suffix = "_causal" if row["causal"] else ""
     dense = fastest(peers, [f"cudnn{suffix}", f"flash{suffix}"])
     flex = fastest(peers, [name for name in peers if name.startswith("flex")])
-    shape = ", ".join(str(row[key]) for key in ("batch", "heads", "length", "width"))
     gain = "–" if dense is None else f"{dense / ours['ms']:.2f}x"
     density = f"{result['live_density']:.3f} / {ours['tile_density']:.3f}"
-    mask = row["kind"] + ", causal" * row["causal"]
     cells = [mask, shape, density, show(dense), show(flex), show(ours["ms"]), gain]
     return "| " + " | ".join([*cells, show(result["ideal_ms"])]) + " |"
 

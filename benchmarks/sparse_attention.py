@@ -130,7 +130,8 @@ def flex_peers(row: Row, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[
     """FlexAttention, given the same blocks; element masks as bytes and as bits, at two sizes."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = torch.compile(flex_attention)
+    torch._dynamo.reset()  # noqa: SLF001 - its only name; else shapes turn dynamic, and slower
+    flex = torch.compile(flex_attention, dynamic=False)
     dense = mask.to(q.device)
     packed, heads = compile_mask(mask).tensors[:2]
     bits = packed[heads]
@@ -255,7 +256,6 @@ def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
     traffic = 4 * q.numel() * q.element_size() / BYTES_PER_MS
     dense = peers["cudnn"].get("ms") or peers["flash"]["ms"]
     result = {
-        "row": row.__dict__,
         "live_density": layout.live_density,
         "ideal_ms": max(dense * density, traffic),
         "ours": ours,
@@ -274,17 +274,21 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
         left = end - time.monotonic()
         if left < 0:
             break
-        result = measure_row(row, time.monotonic() + left / (len(ROWS) - index), tuning=tuning)
-        done.append(result)
-        print(summary(result), flush=True)
+        share = time.monotonic() + left / (len(ROWS) - index)
+        result = attempt(partial(measure_row, row, share, tuning=tuning))
+        done.append(result | {"row": row.__dict__})
+        print(summary(done[-1]), flush=True)
         torch.cuda.empty_cache()
     return {"rows": done, "not_measured": [row.__dict__ for row in ROWS[len(done) :]]}
 
 
 def summary(result: dict[str, Any]) -> str:
     """One line for a person."""
-    row, ours, peers = result["row"], result["ours"], result["peers"]
+    row = result["row"]
     shape = "{batch},{heads},{length},{width}".format(**row)
+    if "error" in result:
+        return f"{row['kind']} {shape}: {result['error']}"
+    ours, peers = result["ours"], result["peers"]
     causal = " causal" * row["causal"]
     flex = min((p["ms"] for n, p in peers.items() if "flex" in n and "ms" in p), default=None)
     best = min(peers[n].get("ms", 1e9) for n in peers if "flex" not in n and "causal" in n)
