@@ -268,7 +268,9 @@ def _extra(s: AttentionKernel) -> str:
     if s.mask_per_row:
         at += " + row[:, None] * mask_row"
         guards += ["row[:, None] < queries"] * s.ragged
-    return f"extra = {_load(at, guards)}"
+    # Half-precision biases are scaled in float32: a number does not widen the tensor it multiplies.
+    wide = ".to(tl.float32)" * (s.mask in ("float16", "bfloat16"))
+    return f"extra = {_load(at, guards)}{wide}"
 
 
 def _tests(s: AttentionKernel, packed: bool) -> list[str]:

@@ -100,6 +100,7 @@ def attention_samples(dtype: torch.dtype, device: str) -> Iterator[AttentionSamp
     yield sample("mask per row", pruned, attn_mask=cells)
     yield sample("additive per key", ragged, attn_mask=draw(2, 1, 1, 201))
     yield sample("additive per row", pruned, attn_mask=draw(1, 1, 160, 160))
+    yield sample("large biases", pruned, attn_mask=draw(1, 1, 160, 160) * 8 - 100)
     dropping = draw(2, 2, 160, 160).masked_fill(~cells, -torch.inf)
     yield sample("additive, dropping", pruned, attn_mask=dropping)
     yield sample("causal at run time", pruned, is_causal=True)
