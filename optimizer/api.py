@@ -6,7 +6,7 @@ capture -> canonicalize -> profile and plan -> rewrite -> judge -> report
 from __future__ import annotations
 
 import copy
-import datetime
+import datetime as dt
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -416,7 +416,7 @@ class _Run:
         return {
             "schema": SCHEMA,
             "version": _version(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "model": type(self.model).__name__,
             "device": _device_name(self.device),
             "torch": torch.__version__,

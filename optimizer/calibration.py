@@ -89,7 +89,7 @@ def collect(
 
 
 def _split(calls: list[Call]) -> tuple[list[Call], list[Call]]:
-    """Every fifth call is held out, spread over the whole, so that ordered data is judged fairly."""
+    """Every fifth call is held out, spread over the whole: ordered data is judged fairly."""
     wanted = max(len(calls) // 5, 2 if len(calls) >= 4 else 1)
     chosen = {len(calls) - 1 - (i * len(calls)) // wanted for i in range(wanted)}
     profile = [call for i, call in enumerate(calls) if i not in chosen]
@@ -137,7 +137,7 @@ def _batches(data: Any, name: str) -> Iterable[Any]:
 def _record(model: nn.Module, forward_loop: Callable[[nn.Module], Any]) -> list[Call]:
     calls: list[Call] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(calls) < MAX_BATCHES:
             calls.append((args, kwargs))
 

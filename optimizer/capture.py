@@ -201,7 +201,7 @@ def _export(
                 return torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=strict
                 )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (export raises whatever the model does)
             first = first or error
     assert first is not None
     line = _user_frame(first)

@@ -142,15 +142,18 @@ def _passes(as_json: bool) -> None:
     from fxpress.pipeline import resolve_order
 
     rows = [
-        {"name": kind.name, "phase": kind.phase, "after": dict(kind.after)}
+        {
+            "name": kind.name,
+            "phase": kind.phase,
+            "after": "; ".join(f"after {name}: {why}" for name, why in kind.after.items()),
+        }
         for kind in resolve_order(all_passes().values())
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        after = "; ".join(f"after {name}: {why}" for name, why in dict(row["after"]).items())
-        print(f"{row['name']:<18} {row['phase']:<13} {after}".rstrip())
+        print(f"{row['name']:<18} {row['phase']:<13} {row['after'] or ''}".rstrip())
 
 
 def _existing(path: Path | None) -> Path | None:

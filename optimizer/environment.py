@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| `FXPRESS_DEBUG` | 1: report; 2: and counts per rule; 3: and graphs between passes; 4: and generated kernels |
+| `FXPRESS_DEBUG` | 1: tracebacks; 2: counts per rule; 3: graphs between passes |
 | `FXPRESS_DUMP` | folder that receives graphs and kernels as files |
 | `FXPRESS_FUEL` | apply only the first n rewrites (bisection) |
 | `FXPRESS_CACHE` | folder for generated kernels and converted models; default `~/.cache/fxpress` |

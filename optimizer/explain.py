@@ -1,4 +1,4 @@
-"""`explain`: every attention, matmul and recurrence of a model, recognised or the reason why not."""
+"""`explain`: every attention, matmul and recurrence, recognised or the reason why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxpress.passes import all_passes
 from fxpress.passes.sites import attention_sites, linear_sites
 from fxpress.pipeline import Pipeline, resolve_order
 from fxpress.program import Program, module_path, source_line
-from fxpress.regions import CapturedModel, capture_model
+from fxpress.regions import capture_model
 from fxpress.rewrite import Decline
 
 __all__ = ["Explanation", "Site", "explain"]

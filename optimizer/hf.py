@@ -20,7 +20,7 @@ from fxpress.plan import Plan
 
 __all__ = ["attach"]
 
-_PASS = "prune-attention"
+_PRUNING = "prune-attention"
 _serial = itertools.count()
 
 
@@ -41,7 +41,7 @@ def attach(model: nn.Module, plan: Plan) -> nn.Module:
     from transformers import AttentionInterface
 
     layouts: dict[int, MaskLayout] = {}
-    for site, decision in plan.standing(_PASS).items():
+    for site, decision in plan.standing(_PRUNING).items():
         path, _, repeat = site.partition("#")
         if repeat:
             raise PlanError(f"site {site!r} is a repeated call of one module: use the graph itself")
@@ -58,7 +58,7 @@ def attach(model: nn.Module, plan: Plan) -> nn.Module:
     AttentionInterface.register(name, _attention(layouts, own))
     for part in model.modules():
         config = getattr(part, "config", None)
-        if hasattr(config, "_attn_implementation"):
+        if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = name
             part.__dict__.setdefault("_fxpress_attention", own)
     return model

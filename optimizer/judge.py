@@ -113,7 +113,8 @@ class Judge:
         if self.mode == "off" or not proposals:
             return proposals[0].decide() if proposals else {}
         tried = self.attempts.setdefault(name, [])
-        low, high, best = 0, len(proposals), {}
+        best: Decisions = {}
+        low, high = 0, len(proposals)
         while low < high:
             if self._out_of_time(f"{name}: weaker and stronger proposals were not all tried"):
                 return best

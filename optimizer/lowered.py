@@ -26,7 +26,9 @@ def kernel_sources(captured: CapturedModel) -> dict[str, str]:
 def _attention_source(program: Program, node: Any) -> dict[str, str]:
     q, k, v, layout, spec, mask, is_causal, scale, offset = node.args
     site = AttentionSite.of(
-        *(n.meta["val"] for n in (q, k, v)),
+        q.meta["val"],
+        k.meta["val"],
+        v.meta["val"],
         LayoutSpec.parse(spec),
         mask.meta["val"] if mask is not None else None,
         is_causal,

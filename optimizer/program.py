@@ -1,4 +1,4 @@
-"""`Program`: a captured call of a module as an fx graph that can be read, run, copied and rewritten.
+"""`Program`: a captured call of a module as an fx graph: read, run, copied and rewritten.
 
 A program shares its parameters with the module that it was captured from. Passes replace nodes and
 register new tensors under new names; they never write into a tensor that is there already.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -177,7 +177,7 @@ class Program:
         """A program with a graph of its own and the same tensors."""
         graph = fx.Graph()
         result, output = graph.graph_copy(self.graph, {}, return_output_node=True)  # type: ignore[misc]
-        graph.output(result).meta = dict(output.meta)
+        graph.output(result).meta = dict(cast(fx.Node, output).meta)
         graph.set_codegen(self.graph._codegen)
         return replace(self, graph_module=fx.GraphModule(self.graph_module, graph))
 

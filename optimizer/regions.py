@@ -143,7 +143,7 @@ class _RefuseBackward(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
         raise CaptureError(f"gradients would be wrong: {ctx.reason}; train the original model")
 
 
@@ -153,7 +153,7 @@ def _refuse_backward(result: Any, reason: str) -> Any:
 
     def guard(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            return _RefuseBackward.apply(leaf, reason)
+            return _RefuseBackward.apply(leaf, reason)  # type: ignore[no-untyped-call]
         return leaf
 
     return pytree.tree_map(guard, result)
@@ -208,7 +208,7 @@ def _record_calls(model: nn.Module, calls: Sequence[Call]) -> dict[str, list[Cal
     recorded: dict[str, list[Call]] = {}
 
     def recorder(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entry = recorded.setdefault(path, [])
             if len(entry) < _RECORDED_CALLS:
                 entry.append(pytree.tree_map(_keep, (args, kwargs)))

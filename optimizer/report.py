@@ -126,9 +126,11 @@ class Report:
 
     def _notes(self) -> list[str]:
         lines = [f"note: {note}" for note in self.facts["notes"]]
-        for region in self.facts["regions"]:
-            if region["captured"] == "no":
-                lines.append(f"stays Python: {region['path'] or 'the root'}: {region['reason']}")
+        lines += [
+            f"stays Python: {region['path'] or 'the root'}: {region['reason']}"
+            for region in self.facts["regions"]
+            if region["captured"] == "no"
+        ]
         return ["", *lines] if lines else []
 
     def to_html(self, path: str | Path) -> Path:
@@ -160,15 +162,15 @@ def _is_number(value: Any) -> bool:
 
 def _heatmap(mask: Tensor) -> str:
     """Share of heads that keep a cell, as a PNG data address."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg", force=False)
+    mpl.use("Agg", force=False)
     import torch.nn.functional as F
     from matplotlib import image
 
     share = mask.float().mean(0)[None, None]
-    size = [min(n, _HEATMAP_CELLS) for n in share.shape[-2:]]
-    small = F.adaptive_avg_pool2d(share, size)[0, 0]
+    rows, columns = (min(n, _HEATMAP_CELLS) for n in share.shape[-2:])
+    small = F.adaptive_avg_pool2d(share, (rows, columns))[0, 0]
     buffer = io.BytesIO()
     image.imsave(buffer, small.numpy(), cmap="viridis", vmin=0.0, vmax=1.0, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -7,6 +7,7 @@ reason that a person can act on; the nearest miss is what `fxpress explain` prin
 from __future__ import annotations
 
 import difflib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ class PassContext:
     decisions: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     fuel: Fuel = field(default_factory=Fuel)
-    enabled: Callable[[str], bool] = lambda path: True
+    enabled: Callable[[str], bool] = lambda _path: True
 
 
 @dataclass
@@ -278,7 +279,7 @@ def _apply_first(
             continue
         if not ctx.fuel.burn():
             return
-        provide(program, node, rule.name, lambda r=rule, m=match: r.replace(node, m, program))
+        provide(program, node, rule.name, functools.partial(rule.replace, node, match, program))
         record.rewrites.append(Applied(rule.name, node.name, module_path(node)))
         return
     if nearest is not None:

@@ -9,6 +9,7 @@ plus a floor per dtype for references that happen to be exact.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,9 @@ def _upcast(value: Any) -> Any:
 
 def _in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, nn.Module):
-        return copy.deepcopy(function).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # copying a graph module warns of torch's own types
+            return copy.deepcopy(function).double()
     return function
 
 
