@@ -213,7 +213,10 @@ class Program:
                 continue
             if node.op == "get_attr":
                 value = attribute(self.graph_module, str(node.target))
-                node.meta["val"] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+                is_tensor = isinstance(value, Tensor)
+                # A weight has fixed sizes, also beside inputs that have dynamic ones.
+                fake = mode.from_tensor(value, static_shapes=True) if is_tensor else value
+                node.meta["val"] = fake
             elif node.op == "call_function":
                 with mode:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
