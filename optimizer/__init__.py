@@ -6,8 +6,8 @@ rewrites it into a smaller, faster one that can be inspected pass by pass.
 
 from __future__ import annotations
 
-import fxpress.hf as hf
 from fxpress import errors, testing
+from fxpress import hf as hf
 from fxpress.api import optimize, optimize_
 from fxpress.capture import capture
 from fxpress.config import OptimizeConfig

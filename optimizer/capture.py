@@ -215,7 +215,8 @@ def _export(
 def _user_frame(error: BaseException) -> str:
     """`file:line` of the innermost frame that is neither torch's nor ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "/torch/" not in f.filename and "/optimizer/" not in f.filename]
+    foreign = ("/torch/", "/optimizer/", "<")
+    ours = [f for f in frames if not any(mark in f.filename for mark in foreign)]
     return f"{ours[-1].filename}:{ours[-1].lineno}" if ours else ""
 
 

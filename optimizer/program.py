@@ -177,7 +177,7 @@ class Program:
         """A program with a graph of its own and the same tensors."""
         graph = fx.Graph()
         result, output = graph.graph_copy(self.graph, {}, return_output_node=True)  # type: ignore[misc]
-        graph.output(result).meta = dict(cast(fx.Node, output).meta)
+        graph.output(result).meta = dict(cast("fx.Node", output).meta)
         graph.set_codegen(self.graph._codegen)
         return replace(self, graph_module=fx.GraphModule(self.graph_module, graph))
 

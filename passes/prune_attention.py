@@ -36,8 +36,8 @@ from fxpress.passes.masks import (
     threshold_masks,
     window_mask,
 )
-from fxpress.passes.sites import AttentionSite, attention_sites
 from fxpress.passes.sensitivity import row_weights
+from fxpress.passes.sites import AttentionSite, attention_sites
 from fxpress.profile import Observer, profile
 from fxpress.program import Program
 from fxpress.progress import Progress

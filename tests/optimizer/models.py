@@ -22,7 +22,8 @@ class Attention(nn.Module):
         split = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return x + self.out(o.transpose(1, 2).reshape(batch, tokens, width))
+        mixed: Tensor = self.out(o.transpose(1, 2).reshape(batch, tokens, width))
+        return x + mixed
 
 
 def stack(layers: int = 2, *, causal: bool = False, seed: int = 0) -> nn.Module:
@@ -52,4 +53,5 @@ class Branching(nn.Module):
         y = self.first(x)
         if float(y.sum()) > 0:
             y = y * self.scale
-        return self.second(y)
+        out: Tensor = self.second(y)
+        return out

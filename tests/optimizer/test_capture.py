@@ -11,6 +11,7 @@ from models import Branching, batches, stack
 from torch import Tensor, nn
 
 import fxpress
+from fxpress.capture import Call
 from fxpress.errors import CaptureError
 from fxpress.regions import capture_model
 from fxpress.testing import BITWISE, assert_equivalent
@@ -51,7 +52,8 @@ class Stopped(nn.Module):
         """(B, 4) -> (B, 4)."""
         with torch.no_grad():
             y = self.frozen(x)
-        return y + self.live(x)
+        out: Tensor = y + self.live(x)
+        return out
 
 
 def test_a_program_computes_what_the_model_does() -> None:
@@ -99,7 +101,7 @@ def test_a_backward_of_its_own_is_refused_not_wrong() -> None:
 
 def test_sizes_that_differ_between_calls_are_dynamic() -> None:
     model = stack(causal=True)
-    calls = [((x,), {}) for x in (batches(1, 48)[0], batches(1, 40)[0])]
+    calls: list[Call] = [((x,), {}) for x in (batches(1, 48)[0], batches(1, 40)[0])]
     body = capture_model(model, calls).build(fallback=False)
     for tokens in (48, 40, 17):
         assert_equivalent(body, model.eval(), (batches(1, tokens)[0],))
@@ -118,9 +120,7 @@ def test_data_dependent_python_is_captured_in_regions() -> None:
     model = Branching()
     captured = capture_model(model, [((x,), {}) for x in batches(2)])
     assert set(captured.programs) == {"first", "second"}
-    assert (
-        "test_capture" in captured.failures[0].reason or "models.py" in captured.failures[0].reason
-    )
+    assert "models.py" in captured.failures[0].reason
     body = captured.build()
     assert set(body.state_dict()) == set(model.state_dict())
     assert_equivalent(body, model.eval(), (batches(1)[0],))
