@@ -130,7 +130,7 @@ def flex_peers(row: Row, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[
     """FlexAttention, given the same blocks; element masks as bytes and as bits, at two sizes."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # noqa: SLF001 - its only name; else shapes turn dynamic, and slower
+    torch._dynamo.reset()  # else shapes turn dynamic, and slower
     flex = torch.compile(flex_attention, dynamic=False)
     dense = mask.to(q.device)
     packed, heads = compile_mask(mask).tensors[:2]

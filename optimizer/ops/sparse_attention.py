@@ -11,16 +11,15 @@ a call that covers only part of the layout (a growing cache) goes to `masked_att
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 
 from fxpress import lowering
 from fxpress.errors import LoweringError
+from fxpress.ops.define import define
 from fxpress.ops.mask_layout import LayoutSpec, MaskLayout
 from fxpress.ops.masked_attention import masked, masked_backward, reference
 from fxpress.ops.packed_attention import packed, packed_backward
@@ -170,18 +169,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *grads, [None] * len(layout), None, None, None, None, None
 
 
-def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
-    """Define an operator that compilers see through.
-
-    The body would do as fake too, but it looks at sizes, which would bind dynamic ones.
-    """
-    operator: CustomOpDef = torch.library.triton_op(name, body, mutates_args=())  # type: ignore[assignment]
-    operator.register_fake(fake)
-    return operator
-
-
-_define(f"{_OPERATOR}_backward", _backward, _backward_fake)
-_define(_OPERATOR, _forward, _fake).register_autograd(_gradients, setup_context=_save)
+define(f"{_OPERATOR}_backward", _backward, _backward_fake)
+define(_OPERATOR, _forward, _fake).register_autograd(_gradients, setup_context=_save)
 
 
 def _check(
