@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxpress.passes.dataflow import RESHAPES, argument, mask_factors, peel, sizes
+from fxpress.passes.dataflow import RESHAPES, MaskFactors, argument, mask_factors, peel, sizes
 from fxpress.program import Program, module_path
 
 __all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
@@ -84,11 +86,13 @@ def attention_sites(program: Program) -> list[AttentionSite]:
     """
     found: list[AttentionSite] = []
     names = _Names(program)
+    # Layers share their masks, and reading one costs Nq * Nk.
+    factors = functools.cache(functools.partial(mask_factors, program))
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in (_ATTENTION, _sparse_attention()):
             name = names.next(node)
             if node.target is _ATTENTION and _is_canonical(node):
-                found.append(_attention_site(program, node, name))
+                found.append(_attention_site(node, name, factors))
     return found
 
 
@@ -117,16 +121,18 @@ class _Names:
         return path if self._seen[path] == 1 else f"{path}#{self._seen[path]}"
 
 
-def _attention_site(program: Program, node: fx.Node, name: str) -> AttentionSite:
+def _attention_site(
+    node: fx.Node, name: str, factors: Callable[[fx.Node, tuple[int, int]], MaskFactors]
+) -> AttentionSite:
     q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
     mask, is_causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
     (batch, heads, queries, width), (_, kv_heads, keys, _) = sizes(q), sizes(k)
     scale: Any = node.kwargs.get("scale")
     padding = None
     if mask is not None and not is_causal:
-        factors = mask_factors(program, mask, (queries, keys))
-        if factors.is_causal and len(factors.rest) <= 1:
-            is_causal, padding = True, next(iter(factors.rest), None)
+        parts = factors(mask, (queries, keys))
+        if parts.is_causal and len(parts.rest) <= 1:
+            is_causal, padding = True, next(iter(parts.rest), None)
     return AttentionSite(
         name=name,
         node=node,
