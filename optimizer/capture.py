@@ -14,6 +14,7 @@ import io
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,8 +216,8 @@ def _export(
 def _user_frame(error: BaseException) -> str:
     """`file:line` of the innermost frame that is neither torch's nor ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = ("/torch/", "/optimizer/", "<")
-    ours = [f for f in frames if not any(mark in f.filename for mark in foreign)]
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    ours = [f for f in frames if not f.filename.startswith(foreign)]
     return f"{ours[-1].filename}:{ours[-1].lineno}" if ours else ""
 
 

@@ -148,14 +148,11 @@ def window_mask(live: Tensor, share: float, *, sinks: int = 4, block: Block = (1
     rows = torch.arange(blocks[0])[:, None] * block[0] / max(queries, 1)
     columns = torch.arange(blocks[1])[None] * block[1] / max(keys, 1)
     distance = unpool((rows - columns).abs()[None], block, (queries, keys))[0]
-    wanted = share * int(live.sum())
     first = (torch.arange(keys) < sinks)[None] & live
-    ordered, index = distance.masked_fill(~live, math.inf).flatten().sort(stable=True)
-    # Whole rings of equal distance, so that the window is symmetric in blocks.
-    count = max(1, round(wanted - int(first.sum())))
-    width = ordered[min(count, ordered.numel()) - 1]
-    del index
-    near = (distance <= width) & live
+    # The first keys come first; then whole rings of equal distance, symmetric in blocks.
+    ordered = distance.masked_fill(~live, math.inf).masked_fill(first, -1.0).flatten().sort().values
+    count = max(1, round(share * int(live.sum())))
+    near = (distance <= ordered[count - 1]) & live
     own = distance == distance.masked_fill(~live, math.inf).amin(-1, keepdim=True)
     return near | first | (own & live)
 
