@@ -1,0 +1,124 @@
+"""The laws of passes, over generated programs. A new pass gets them by existing.
+
+A pass leaves a valid program; the same outputs and gradients within its exactness; nothing to do
+for a second run; and the same text whenever it runs on the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor, nn
+
+from fxpress.capture import capture
+from fxpress.passes import all_passes
+from fxpress.program import Program
+from fxpress.rewrite import Pass, PassContext, PassRecord
+from fxpress.testing import assert_equivalent
+from fxpress.verify import verify
+from tests.passes.programs import Drawn, programs
+
+PASSES = list(all_passes().values())
+
+each_pass = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
+# No phase that explains: it traces every line, which takes minutes where a capture takes a second.
+few = settings(
+    max_examples=10,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+
+# Torch's own, from the decompositions that capture runs where a model mutates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+
+def apply(kind: type[Pass], program: Program) -> PassRecord:
+    """Run a pass with its defaults and no decisions: those that need some change nothing."""
+    config = kind.config_type() if kind.config_type is not None else None
+    return kind().run(program, PassContext(config=config))
+
+
+@each_pass
+@given(drawn=programs())
+@few
+def test_the_program_stays_valid(kind: type[Pass], drawn: Drawn) -> None:
+    model, call = drawn.build()
+    program = capture(model, call)
+    before = program.copy()
+    apply(kind, program)
+    verify(program, kind.name, before)
+
+
+@each_pass
+@given(drawn=programs())
+@few
+def test_outputs_and_gradients_are_kept(kind: type[Pass], drawn: Drawn) -> None:
+    model, call = drawn.build()
+    program = capture(model, call)
+    apply(kind, program)
+    assert_equivalent(program, model, call, exactness=kind.exactness)
+    reference = Gradients(model)
+    assert_equivalent(_gradients_of(program, model), reference, call, exactness=kind.exactness)
+
+
+@each_pass
+@given(drawn=programs())
+@few
+def test_a_second_run_changes_nothing(kind: type[Pass], drawn: Drawn) -> None:
+    model, call = drawn.build()
+    program = capture(model, call)
+    apply(kind, program)
+    once = str(program)
+    assert not apply(kind, program).rewrites
+    assert str(program) == once
+
+
+@each_pass
+@given(drawn=programs())
+@few
+def test_two_runs_give_the_same_text(kind: type[Pass], drawn: Drawn) -> None:
+    model, call = drawn.build()
+    first, second = capture(model, call), capture(model, call)
+    did, again = (apply(kind, program) for program in (first, second))
+    assert str(first) == str(second)
+    assert (did.rewrites, _reasons(did)) == (again.rewrites, _reasons(again))
+
+
+def _reasons(record: PassRecord) -> list[str]:
+    return [decline.reason for decline in record.declined]
+
+
+class Gradients(nn.Module):
+    """The gradients of a model's parameters, as the output of a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *call: Any) -> list[Tensor]:
+        return _gradients(self.model, list(self.model.parameters()), call)
+
+
+def _gradients(function: Callable[..., Any], of: Sequence[Tensor], call: Any) -> list[Tensor]:
+    with torch.enable_grad():
+        loss = function(*call).square().sum()
+        return list(torch.autograd.grad(loss, of, materialize_grads=True))
+
+
+def _gradients_of(program: Program, model: nn.Module) -> Callable[..., list[Tensor]]:
+    """Gradients of a program, in the places of the model's parameters that share the storage."""
+    ours = list(program.graph_module.parameters())
+
+    def run(*call: Any) -> list[Tensor]:
+        totals = {p.untyped_storage().data_ptr(): torch.zeros_like(p) for p in model.parameters()}
+        for parameter, gradient in zip(ours, _gradients(program, ours, call), strict=True):
+            total = totals[parameter.untyped_storage().data_ptr()]
+            layout = parameter.shape, parameter.stride(), parameter.storage_offset()
+            total.as_strided(*layout).add_(gradient)
+        return [totals[p.untyped_storage().data_ptr()] for p in model.parameters()]
+
+    return run
