@@ -32,19 +32,19 @@ _TILES = ((128, 64), (64, 64), (128, 32), (64, 32))
 
 @dataclass(frozen=True)
 class TileCosts:
-    """The cost model, in full cells computed; its ratios were measured on an H100.
+    """The cost model of a query row, in full cells computed; its ratios were measured on an H100.
 
     Attributes:
         tile: what a key tile costs beside its cells.
         packed: how much a packed cell costs.
-        row: what a query row costs.
-        second_loop: what filling the pipeline again costs a query tile that has both lists.
+        row: what a row costs by itself.
+        second_loop: what filling the pipeline again costs where there are both lists.
     """
 
-    tile: float = 1500.0
+    tile: float = 7.0
     packed: float = 1.4
     row: float = 64.0
-    second_loop: float = 6000.0
+    second_loop: float = 40.0
 
 
 COSTS = TileCosts()
@@ -68,10 +68,11 @@ class _Cut:
     def work(self) -> NDArray[np.float64]:
         """Estimated cost of each pair, in cells."""
         full, packed = self.full.sum(1), self.packed_tiles
-        cells = self.tile[0] * self.tile[1]
         both = COSTS.second_loop * ((full > 0) & (packed > 0))
-        tiles = full * (cells + COSTS.tile) + packed * (COSTS.packed * cells + COSTS.tile)
-        return np.asarray(both + tiles + COSTS.row * self.tile[0])
+        columns = self.tile[1] * (full + COSTS.packed * packed)
+        return np.asarray(
+            self.tile[0] * (columns + COSTS.tile * (full + packed) + COSTS.row + both)
+        )
 
 
 def _summaries(bits: Bits, rows: int, keys: int) -> tuple[Bools, Bools]:
