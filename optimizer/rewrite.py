@@ -299,6 +299,7 @@ def provide(
             if key in node.meta:
                 fresh.meta.setdefault(key, node.meta[key])
         fresh.meta.setdefault("provenance", Provenance(rule, (node.name,), site))
+    program.refresh()  # the next match may end at a node that was made here
     node.replace_all_uses_with(new)
     program.graph.erase_node(node)
     return new

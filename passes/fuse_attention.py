@@ -147,9 +147,7 @@ class FuseSoftmax(Rewrite):
             is_causal = factors.is_causal and not factors.rest
         args = (q, k, v, None if is_causal else mask, 0.0, is_causal)
         fused = graph.call_function(_SDPA, args, {"scale": scores.scale})
-        result = _restored(graph, fused, values, dtype)
-        program.refresh()
-        return result
+        return _restored(graph, fused, values, dtype)
 
 
 # From the product with v back to the softmax -----------------------------------------------------
