@@ -147,6 +147,17 @@ def test_a_view_that_counts_on_contiguity_still_works() -> None:
     assert_equivalent(program, model, (x,))
 
 
+def test_views_behind_a_product_that_was_just_made() -> None:
+    def both(x: Tensor, w: Tensor, u: Tensor, b: Tensor) -> Tensor:
+        y = nn.functional.conv1d(x, w).transpose(1, 2)
+        return torch.addmm(b, y.reshape(-1, M), u).view(B, T, N)
+
+    model, x = Apply(both, (M, N, 1), (M, N), (N,)), torch.randn(B, N, T)
+    program, record = normalize(model, x)
+    assert record.counts()["linear-from-matmul"] == record.counts()["linear-from-convolution"] == 1
+    assert_equivalent(program, model, (x,))
+
+
 def test_no_weight_is_copied() -> None:
     model, x = Apply(matmul_bias, (N, M), (M,)), torch.randn(B, T, N)
     program, _ = normalize(model, x)
