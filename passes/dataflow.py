@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxpress.program import Program, attribute
 
@@ -33,6 +34,7 @@ __all__ = [
 aten = torch.ops.aten
 
 _LIMIT = 1 << 26  # elements of the largest constant that is worth computing
+_FARTHEST = 4096  # a larger number in a mask of dynamic size is not looked beyond
 _CLOSED = -1e9  # an additive mask at or below it leaves nothing of a float32 probability
 
 # These read only the shape of their first argument.
@@ -259,14 +261,31 @@ def mask_factors(program: Program, mask: fx.Node, shape: tuple[int, int]) -> Mas
         shape: (Nq, Nk), as captured.
     """
     parts = _conjuncts(program, mask) if _is_bool(mask) else _addends(program, mask)
-    now, larger = Constants(program), Constants(program, growth=1)
+    now = Constants(program)
     fixed = [part for part in parts if now.value(part) is not None]
     causal = bool(fixed) and _all_causal(fixed, now, shape)
     if causal and _is_dynamic(mask):
-        causal = _all_causal(fixed, larger, None)
+        # A window wider than the captured size looks causal at that size: look beyond it.
+        reach = _largest_literal(mask)
+        sizes_to_try = [Constants(program, growth=g) for g in (1, reach + 1)]
+        causal = reach <= _FARTHEST and all(_all_causal(fixed, c, None) for c in sizes_to_try)
     if not causal:
         return MaskFactors(False, (mask,))
     return MaskFactors(True, tuple(part for part in parts if part not in fixed))
+
+
+def _largest_literal(mask: fx.Node) -> int:
+    """The largest whole number written in what a mask is computed from; ends of slices aside."""
+    stack, seen, largest = [mask], {mask}, 0
+    while stack:
+        node = stack.pop()
+        for leaf in pytree.tree_leaves((list(node.args), dict(node.kwargs))):
+            if type(leaf) is int and leaf < 1 << 62:
+                largest = max(largest, abs(leaf))
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return largest
 
 
 def _is_dynamic(node: fx.Node) -> bool:

@@ -298,3 +298,20 @@ def test_passes_are_found_by_being_there() -> None:
     assert list(found) == sorted(found)
     for name, kind in found.items():
         assert kind.__module__ == f"fxpress.passes.{name.replace('-', '_')}"
+
+
+class Windowed(nn.Module):
+    """Causal attention that sees the last twelve keys only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, N, D) -> the same."""
+        at = torch.arange(x.shape[2])
+        near = (at[None] <= at[:, None]) & (at[:, None] - at[None] < 12)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=near)
+
+
+def test_a_window_wider_than_the_captured_size_is_not_causal() -> None:
+    x = torch.randn(2, 2, 8, 4)
+    dynamic = {"x": {2: torch.export.Dim("tokens", min=2, max=64)}}
+    program = capture(Windowed(), (x,), dynamic_shapes=dynamic)
+    assert [site.is_causal for site in attention_sites(program)] == [False]
