@@ -54,6 +54,7 @@ def main() -> None:
     print(optimized.report)
     print(f"\noptimize took {seconds:.0f} s; now {_TRANSCRIBED} other prompts are transcribed")
     page = optimized.report.to_html("demo/report.html")
+    optimized.report.to_json("demo/report.json")
     folder = optimized.plan.save(Path("demo/plan"))
     others = heldout[_JUDGED : _JUDGED + _TRANSCRIBED]
     before = whisper.transcribe(model, others)
