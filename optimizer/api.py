@@ -391,7 +391,7 @@ class _Run:
                 fresh.replay(changed, None, None)
             return fresh.result(original, keep)
 
-        module = OptimizedModule(
+        return OptimizedModule(
             self.captured,
             passes=self.records,
             plan=plan,
@@ -399,10 +399,6 @@ class _Run:
             original=kept,
             rebuild=rebuild if keep else None,
         )
-        if not keep:
-            for program in module.captured.programs.values():
-                del program
-        return module
 
     def _report(self) -> Report:
         masks = {

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from fxpress.errors import CaptureError
 from fxpress.program import Program
 from fxpress.signature import Signature
-from fxpress.verify import verify
+from fxpress.verify import mutates, verify
 
 __all__ = ["Call", "capture", "capture_calls", "frozen"]
 
@@ -222,7 +222,7 @@ def _user_frame(error: BaseException) -> str:
 
 
 def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    if any(_mutates(node) for node in exported.graph.nodes):
+    if any(mutates(node) for node in exported.graph.nodes):
         exported = exported.run_decompositions({})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -238,10 +238,6 @@ def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _strip(graph: fx.Graph) -> None:
     """Drop metadata assertions and the device of `.to()`, which would pin the graph to one."""
     for node in list(graph.nodes):
@@ -252,7 +248,7 @@ def _strip(graph: fx.Graph) -> None:
         elif node.target is aten.to.device and isinstance(node.args[0], fx.Node):
             node.target = aten.to.dtype
             node.args = (node.args[0], node.args[2], *node.args[3:])
-        elif _mutates(node):
+        elif mutates(node):
             node.meta["epilogue"] = True
 
 

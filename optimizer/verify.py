@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxpress.errors import VerifyError
 from fxpress.program import Program, attribute, format_node
 
-__all__ = ["verify"]
+__all__ = ["mutates", "verify"]
 
 _AROUND = 4
 
@@ -49,7 +49,7 @@ def _node_fault(program: Program, node: fx.Node) -> str:
         return f"{node.name} reads {node.target}, which the program does not hold"
     if node.op != "output" and "val" not in node.meta:
         return f"{node.name} has no metadata (shape, dtype)"
-    if _mutates(node) and not node.meta.get("epilogue"):
+    if mutates(node) and not node.meta.get("epilogue"):
         return f"{node.name} mutates its input"
     return ""
 
@@ -63,7 +63,8 @@ def hasattr_path(program: Program, target: str) -> bool:
     return True
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether a node calls an operator that writes into an input."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
