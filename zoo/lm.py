@@ -167,6 +167,7 @@ def _calibration(length: int) -> Calibration:
     license="none",
     source="Radford et al. 2019",
     calibration=_calibration(CONTEXT),
+    has_weights=False,
 )
 def transformer_lm(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`TransformerLM(**kwargs)`."""
@@ -192,6 +193,7 @@ def _recurrent(name: str, layer_type: type[nn.Module], source: str) -> Entry:
         license="none",
         source=source,
         calibration=_calibration(STEPS),
+        has_weights=False,
     )
     return offer(build)
 
