@@ -6,42 +6,27 @@ best dense form. Both figures go into every verdict. The total cost is capped.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fxpress.capture import Call
 from fxpress.plan import Verdict
-from fxpress.profile import Observer, profile
-from fxpress.program import Program, attribute
+from fxpress.planning import Decisions, Proposal
 from fxpress.progress import Progress
 from fxpress.quality import Quality
 from fxpress.regions import CapturedModel
+from fxpress.site_timing import time_sites
 from fxpress.timing import Timings, interleave
 
-__all__ = ["JUDGES", "Attempt", "Judge", "Proposal", "SiteTimes"]
+__all__ = ["JUDGES", "Attempt", "Judge"]
 
 JUDGES = ("measured", "modelled", "off")
-Decisions = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Decisions of one strength that a pass could apply.
-
-    Attributes:
-        strength: how strong, in words for the report (`"20 % of dense attention cost"`).
-        decide: makes the decisions, site -> plain data with `"error"`, the predicted error, and
-            `"cost"`, the modelled cost as a share of the dense site's.
-    """
-
-    strength: str
-    decide: Callable[[], Decisions]
 
 
 @dataclass(frozen=True)
@@ -57,19 +42,6 @@ class Attempt:
         return {"strength": self.strength, "drop": self.drop, "holds": self.holds}
 
 
-@dataclass(frozen=True)
-class SiteTimes:
-    """Milliseconds of a site in isolation, dense and rewritten."""
-
-    before: float
-    after: float
-    faster: bool
-
-    def figures(self) -> dict[str, float]:
-        """For a verdict."""
-        return {"ms_before": round(self.before, 4), "ms_after": round(self.after, 4)}
-
-
 @dataclass
 class Judge:
     """Judges the rewrites of one run.
@@ -78,9 +50,11 @@ class Judge:
         mode: `"measured"`, `"modelled"` (time by the cost model) or `"off"`.
         quality: the budget; None when off.
         calls: held-out calls; the first is what time is measured on.
-        seconds: how long judging may take in all.
+        seconds: how long judging may take in all; profiling does not count.
         cuda: whether the model runs on a CUDA device.
         progress: told of what is judged.
+        attempts: what was tried, by pass.
+        notes: what was not judged, and why.
     """
 
     mode: str
@@ -91,12 +65,23 @@ class Judge:
     progress: Progress = field(default_factory=Progress)
     attempts: dict[str, list[Attempt]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    drops: list[float] = field(default_factory=list)
-    _start: float = field(default_factory=time.perf_counter)
+    _spent: float = 0.0
+    _since: float | None = None
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count what is done within against the cap."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - self._since
+            self._since = None
 
     def time_left(self) -> float:
         """Seconds left of the cap."""
-        return self.seconds - (time.perf_counter() - self._start)
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self.seconds - self._spent - running
 
     def strongest(
         self,
@@ -159,12 +144,45 @@ class Judge:
         tried.append(Attempt(strength, drop, holds))
         return holds
 
-    def slow_sites(self, times: Mapping[str, SiteTimes]) -> list[Verdict]:
-        """Verdicts on sites: what is not faster in isolation is taken back."""
+    def nothing_holds(self, name: str) -> Verdict:
+        """The verdict on a pass none of whose proposals keeps the budget."""
+        assert self.quality is not None
+        figures = {"budget": self.quality.budget}
+        tried = self.attempts.get(name)
+        if not tried:
+            return Verdict("", False, "there was no time to try a proposal", figures)
+        figures["least_drop"] = min(attempt.drop for attempt in tried)
+        return Verdict("", False, "no proposal keeps the quality budget", figures)
+
+    def slow_sites(
+        self, before: CapturedModel, after: CapturedModel, sites: Sequence[str]
+    ) -> list[Verdict]:
+        """Verdicts on sites: what is not faster in isolation is taken back.
+
+        Sites that there is no time for stand, and are named.
+
+        Args:
+            before: the captured model before the pass.
+            after: the same after it.
+            sites: which sites.
+        """
+        timed = time_sites(
+            before,
+            after,
+            sites,
+            self.calls[0],
+            cuda=self.cuda,
+            progress=self.progress,
+            time_left=self.time_left,
+        )
+        if untimed := [site for site in sites if site not in timed]:
+            names = ", ".join(untimed[:3]) + (f" and {len(untimed) - 3} more" * (len(untimed) > 3))
+            self._out_of_time(f"not timed in isolation: {names}")
         verdicts = []
-        for site, t in times.items():
-            reason = "faster in isolation" if t.faster else "not faster in isolation"
-            verdicts.append(Verdict(site, t.faster, reason, t.figures()))
+        for site, timings in timed.items():
+            faster = timings.is_faster("before", "after")
+            reason = "faster in isolation" if faster else "not faster in isolation"
+            verdicts.append(Verdict(site, faster, reason, timings.figures("before", "after")))
         return verdicts
 
     def time_models(self, modules: Mapping[str, nn.Module]) -> Timings:
@@ -186,109 +204,3 @@ class Judge:
                 seconds=seconds,
                 cuda=self.cuda,
             )
-
-
-@dataclass
-class _Recorder(Observer):
-    """Keeps what a node was called with in the first call."""
-
-    node: fx.Node
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
-        if not self.values:
-            self.values.update(inputs)
-
-
-def time_sites(
-    before: CapturedModel,
-    after: CapturedModel,
-    sites: Sequence[str],
-    call: Call,
-    *,
-    cuda: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, SiteTimes]:
-    """Time rewritten sites in isolation, on inputs recorded from one call.
-
-    Args:
-        before: the captured model before the pass.
-        after: the same after it; its new nodes carry the site in their provenance.
-        sites: which sites.
-        call: the call to record.
-        cuda: whether to synchronize a device.
-        progress: told of every site.
-    """
-    progress = progress or Progress()
-    pairs = _pairs(before, after, sites)
-    recorders = {site: _Recorder(old) for site, (_, old, _) in pairs.items()}
-    observers: dict[str, list[Observer]] = {}
-    for site, (path, _, _) in pairs.items():
-        observers.setdefault(path, []).append(recorders[site])
-    profile(before, [call], observers, Progress())
-    times: dict[str, SiteTimes] = {}
-    known: dict[Any, SiteTimes] = {}
-    with progress.step("judge sites", len(pairs)) as advance:
-        for site, (path, old, new) in pairs.items():
-            values = recorders[site].values
-            key = _key(old, new, values)
-            if key not in known:
-                known[key] = _time_site(after.programs[path], old, new, values, cuda)
-            times[site] = known[key]
-            advance()
-    return times
-
-
-def _pairs(
-    before: CapturedModel, after: CapturedModel, sites: Sequence[str]
-) -> dict[str, tuple[str, fx.Node, list[fx.Node]]]:
-    """Site -> (region, the old node, the new nodes in order)."""
-    found: dict[str, tuple[str, fx.Node, list[fx.Node]]] = {}
-    for path, program in after.programs.items():
-        old = {node.name: node for node in before.programs[path].graph.nodes}
-        for node in program.graph.nodes:
-            origin = node.meta.get("provenance")
-            if origin is None or origin.site not in sites or origin.sources[0] not in old:
-                continue
-            entry = found.setdefault(origin.site, (path, old[origin.sources[0]], []))
-            entry[2].append(node)
-    return found
-
-
-def _key(old: fx.Node, new: Sequence[fx.Node], values: Mapping[str, Any]) -> Any:
-    """Equal sites do equal work: same operators, shapes and specs."""
-    shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values.values())
-    plain = tuple(str(a) for n in new for a in n.args if isinstance(a, (str, int, float, bool)))
-    return (str(old.target), shapes, tuple(str(n.target) for n in new if n.op != "get_attr"), plain)
-
-
-def _time_site(
-    program: Program,
-    old: fx.Node,
-    new: Sequence[fx.Node],
-    values: Mapping[str, Any],
-    cuda: bool,
-) -> SiteTimes:
-    held = {n: attribute(program.graph_module, str(n.target)) for n in new if n.op == "get_attr"}
-    inputs = {node.name: value for node, value in held.items()} | dict(values)
-
-    def run_old() -> Any:
-        return _evaluate([old], dict(values))
-
-    def run_new() -> Any:
-        return _evaluate([n for n in new if n.op != "get_attr"], dict(inputs))
-
-    with torch.no_grad():
-        timings = interleave({"old": run_old, "new": run_new}, rounds=7, seconds=2.0, cuda=cuda)
-    faster = timings.is_faster("old", "new")
-    return SiteTimes(timings.median("old"), timings.median("new"), faster)
-
-
-def _evaluate(nodes: Sequence[fx.Node], env: dict[str, Any]) -> Any:
-    result = None
-    for node in nodes:
-        args, kwargs = pytree.tree_map(
-            lambda a: env[a.name] if isinstance(a, fx.Node) else a, (node.args, dict(node.kwargs))
-        )
-        result = env[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result

@@ -22,13 +22,15 @@ class OptimizedModule(nn.Module):
     """The rewritten model, with what was done to it.
 
     It is called like the original; attributes that it does not have are the original's. Parameters
-    share storage with the original's until they are trained, moved or loaded.
+    share storage with the original's until they are trained, moved or loaded. A call that it was
+    not captured for runs the original, with one warning, where that was kept on the same device,
+    and raises `CaptureError` otherwise.
 
     Attributes:
         passes: record of each pass, by name.
         plan: the decisions and verdicts, to be stored and applied again.
         report: what was gained, lost and refused.
-        original: the untouched model (None with `keep_original=False`).
+        original: the untouched model (None with `keep_original=False`; with `"cpu"` a copy there).
         captured: the programs behind this module.
     """
 
@@ -49,7 +51,7 @@ class OptimizedModule(nn.Module):
         rebuild: Callable[[Plan], OptimizedModule] | None = None,
     ) -> None:
         super().__init__()
-        body = captured.build(fallback=original is not None)
+        body = captured.build()
         # The same dictionaries: parameters, devices and state-dict keys are the body's.
         self._parameters = body._parameters
         self._buffers = body._buffers

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -69,6 +69,10 @@ class Pipeline:
     device: str = "cpu"
     fuel: Fuel = field(default_factory=lambda: Fuel(environment.fuel()))
     verify_each: bool = True
+
+    def trial(self) -> Pipeline:
+        """The same, with fuel of its own: what is only tried burns none."""
+        return replace(self, fuel=Fuel(self.fuel.left))
 
     def run(
         self,

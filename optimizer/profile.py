@@ -6,7 +6,7 @@ keeps only what it needs: nothing here holds activations longer than a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,9 @@ __all__ = ["Observer", "profile", "run_observed"]
 class Observer(Protocol):
     """Sees one node at work."""
 
-    node: fx.Node
+    @property
+    def node(self) -> fx.Node:
+        """The node that is looked at."""
 
     def observe(self, inputs: Mapping[str, Any], output: Any) -> None:
         """Look at one call.
@@ -59,7 +61,7 @@ def run_observed(program: Program, leaves: Sequence[Any], observers: Iterable[Ob
 def profile(
     captured: CapturedModel,
     calls: Sequence[Call],
-    observers: Mapping[str, Sequence[Observer]],
+    observers: Collection[Observer],
     progress: Progress,
 ) -> None:
     """Run every call once through the captured model.
@@ -67,12 +69,12 @@ def profile(
     Args:
         captured: the model with its programs.
         calls: the calibration calls.
-        observers: observers by region path.
+        observers: each sees its node, in whichever region that is.
         progress: told of every finished call.
     """
 
     def runner(program: Program, leaves: Sequence[Any]) -> Any:
-        return run_observed(program, leaves, observers.get(program.path, ()))
+        return run_observed(program, leaves, observers)
 
     module = captured.build(runner)
     with torch.no_grad(), progress.step("profile", len(calls)) as advance:

@@ -44,15 +44,32 @@ class RegionFailure:
 
 @dataclass
 class CapturedModel:
-    """The captured programs of a model, by module path, and what could not be captured."""
+    """The captured programs of a model, by module path, and what could not be captured.
+
+    Attributes:
+        model: the original; once released, what is left of it.
+        programs: by path of the captured module, `""` for the root.
+        failures: modules that stay Python.
+        released: whether the captured modules themselves were let go.
+    """
 
     model: nn.Module
     programs: dict[str, Program]
     failures: list[RegionFailure] = field(default_factory=list)
+    released: bool = False
 
     def copy(self) -> CapturedModel:
         """Graphs of its own, the same tensors."""
         return replace(self, programs={path: p.copy() for path, p in self.programs.items()})
+
+    def release(self) -> CapturedModel:
+        """The same programs, holding no captured module: of these only plain attributes stay."""
+        if list(self.programs) == [""]:
+            return replace(self, model=_Remains(self.model), released=True)
+        host = _structural_copy(self.model)
+        for path in self.programs:
+            _exchange(host, path, _Remains(host.get_submodule(path)))
+        return replace(self, model=host, released=True)
 
     def snapshot(self) -> Snapshot:
         """A copy of the graphs, for reports."""
@@ -63,15 +80,16 @@ class CapturedModel:
 
         Args:
             runner: how a program is run (profiling runs it node by node).
-            fallback: run the original module for calls that do not fit the captured one.
+            fallback: run the original module for calls that do not fit the captured one, as long as
+                it was not released; else they raise `CaptureError`.
         """
+        fallback = fallback and not self.released
         if list(self.programs) == [""]:
             return Region(self.programs[""], self.model, runner, fallback)
         host = _structural_copy(self.model)
         for path, program in self.programs.items():
             region = Region(program, self.model.get_submodule(path), runner, fallback)
-            parent, _, name = path.rpartition(".")
-            setattr(host.get_submodule(parent), name, region)
+            _exchange(host, path, region)
         return host.eval()
 
     def as_dicts(self) -> list[dict[str, str]]:
@@ -80,11 +98,29 @@ class CapturedModel:
         return captured + [failure.as_dict() for failure in self.failures]
 
 
+class _Remains(nn.Module):
+    """What stays of a released module: its public attributes that hold no tensor and no module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and not callable(value) and not isinstance(value, Tensor)
+        }
+        self.__dict__.update(plain)
+
+
+def _exchange(host: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(host.get_submodule(parent), name, module)
+
+
 class Region(nn.Module):
     """A captured module in the place of the original one.
 
     Unknown attributes are the original's; a call that was not captured is answered by the
-    original, with one warning.
+    original, with one warning, or refused where that was released.
     """
 
     def __init__(
@@ -106,7 +142,7 @@ class Region(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "original" not in self.__dict__ or self.__dict__["original"] is None:
+            if "original" not in self.__dict__:
                 raise
             if name == "generate":
                 raise AttributeError(
@@ -122,7 +158,7 @@ class Region(nn.Module):
         if not reason:
             result = self.runner(self.program, leaves)
             return _refuse_backward(result, self.program.untrainable)
-        if not self.fallback or self.original is None:
+        if not self.fallback:
             raise CaptureError(
                 f"this call does not fit the captured one ({reason}); "
                 "capture it with calibration batches of this kind"

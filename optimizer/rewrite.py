@@ -174,7 +174,7 @@ class PassRecord:
     after: Snapshot = field(default_factory=lambda: Snapshot({}))
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, MaskLayout] = field(default_factory=dict)
-    mean_attention: Mapping[str, Tensor] = field(default_factory=dict)
+    mean_attention: dict[str, Tensor] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """How often each rule was applied."""
@@ -192,12 +192,13 @@ class PassRecord:
         return "\n".join(lines)
 
     def merge(self, other: PassRecord) -> None:
-        """Take over what the same pass did in another region."""
+        """Take over what the same pass did in another region, or noted while it planned."""
         self.rewrites += other.rewrites
         self.declined += other.declined
         self.seconds += other.seconds
         self.ledger |= other.ledger
         self.masks |= other.masks
+        self.mean_attention |= other.mean_attention
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form."""

@@ -36,6 +36,11 @@ class Timings:
         """Median over rounds of how many times faster the candidate was."""
         return statistics.median(self.ratios(base, candidate))
 
+    def figures(self, base: str, candidate: str) -> dict[str, float]:
+        """Medians of both, for a verdict."""
+        before, after = (round(self.median(name), 4) for name in (base, candidate))
+        return {"ms_before": before, "ms_after": after}
+
     def is_faster(self, base: str, candidate: str) -> bool:
         """Whether the candidate was faster in at least three quarters of the rounds."""
         ratios = self.ratios(base, candidate)

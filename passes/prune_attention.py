@@ -16,117 +16,30 @@ Exactness: APPROXIMATES(budget), held by the judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from fxpress.capture import Call
-from fxpress.errors import PassError, PlanError
-from fxpress.judge import Proposal
+from fxpress.errors import PassError
 from fxpress.ops.mask_layout import MaskLayout, compile_mask
-from fxpress.passes.attention_maps import MeanAttention
-from fxpress.passes.column_choice import ColumnErrors, ColumnRanks, choose_columns
-from fxpress.passes.masks import (
-    Block,
-    live_cells,
-    random_mask,
-    threshold_masks,
-    window_mask,
-)
-from fxpress.passes.sensitivity import row_weights
+from fxpress.passes.column_ladder import propose_columns
+from fxpress.passes.masks import live_cells
+from fxpress.passes.pruning_settings import PruneAttentionConfig
 from fxpress.passes.sites import AttentionSite, attention_sites
-from fxpress.profile import Observer, profile
+from fxpress.passes.stated_masks import propose_stated
+from fxpress.planning import PlanContext, PlannedPass, Proposal
 from fxpress.program import Program
-from fxpress.progress import Progress
-from fxpress.regions import CapturedModel
-from fxpress.rewrite import Applied, Decline, Pass, PassContext, PassRecord, provide
+from fxpress.rewrite import Applied, Decline, PassContext, PassRecord, provide
 from fxpress.testing import APPROXIMATES, Exactness
 
 __all__ = ["PruneAttention", "PruneAttentionConfig"]
 
 aten = torch.ops.aten
 
-_LADDER = (
-    0.05,
-    0.08,
-    0.1,
-    0.12,
-    0.15,
-    0.18,
-    0.22,
-    0.28,
-    0.35,
-    0.5,
-)  # shares of the dense attention cost
-_MAP_BYTES = 256 << 20  # element maps of all sites together; above it they are pooled
-_SCORED_CALLS = 8
-_CHOICES = {
-    "scope": ("layer", "head", "global"),
-    "universe": ("live", "all"),
-    "granularity": ("block", "element", "column"),
-    "survive": ("mean", "any"),
-    "mask": ("learned", "window", "random"),
-}
 
-
-@dataclass(frozen=True)
-class PruneAttentionConfig:
-    """Settings.
-
-    Attributes:
-        pruned: share of the universe to prune, in [0, 1); None: as far as the budget allows.
-        mask: `"learned"` from mean attention, or the baselines `"window"` and `"random"`.
-        scope: what shares a threshold: `"layer"`, `"head"` or `"global"`.
-        universe: percentile over `"live"` cells or over `"all"` (the paper's own counting).
-        granularity: `"block"` (block x block), `"element"`, or `"column"` (one column of `rows`).
-        block: side of a block.
-        rows: query rows of a tile for columns.
-        survive: a block survives by its `"mean"` or if `"any"` cell survives.
-        min_keep_per_row: keys that every row keeps.
-        sinks: first keys that the window keeps.
-        unit: neighboring columns chosen together when `pruned` is None; None: 1 on CPU, 16 on CUDA.
-        seed: of random masks.
-    """
-
-    pruned: float | None = None
-    mask: str = "learned"
-    scope: str = "layer"
-    universe: str = "live"
-    granularity: str = "block"
-    block: int = 16
-    rows: int = 128
-    survive: str = "mean"
-    min_keep_per_row: int = 1
-    sinks: int = 4
-    unit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise PlanError(
-                    f"prune-attention: {name} is {getattr(self, name)!r}: give one of {allowed}"
-                )
-        pruned = self.pruned
-        if pruned is not None and not 0 <= pruned < 1:
-            raise PlanError(f"prune-attention: pruned is {pruned!r}: give a share in [0, 1)")
-        for name in ("block", "rows", "min_keep_per_row"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise PlanError(f"prune-attention: {name} is {value!r}: give a whole number >= 1")
-
-    @property
-    def cells(self) -> Block:
-        """Rows and columns that are kept or pruned together."""
-        if self.granularity == "element":
-            return (1, 1)
-        return (self.block, self.block) if self.granularity == "block" else (self.rows, 1)
-
-
-class PruneAttention(Pass):
+class PruneAttention(PlannedPass):
     """Replaces attention by attention under a static mask, as decided."""
 
     name: ClassVar[str] = "prune-attention"
@@ -136,6 +49,7 @@ class PruneAttention(Pass):
     }
     exactness: ClassVar[Exactness] = APPROXIMATES(0.0)
     config_type: ClassVar[type | None] = PruneAttentionConfig
+    objectives: ClassVar[tuple[str, ...]] = ("latency",)  # masks are stored beside all weights
 
     def run(self, program: Program, ctx: PassContext) -> PassRecord:
         """Apply `ctx.decisions`: site -> `{"mask": bool (H, Nq, Nk)}`."""
@@ -179,49 +93,38 @@ class PruneAttention(Pass):
 
         provide(program, site.node, self.name, build, site.name)
 
-    def propose(
-        self,
-        captured: CapturedModel,
-        calls: Sequence[Call],
-        settings: Callable[[str], PruneAttentionConfig],
-        enabled: Callable[[str], bool],
-        device: str,
-        progress: Progress,
-        record: PassRecord,
-    ) -> list[Proposal]:
+    def propose(self, ctx: PlanContext) -> list[Proposal]:
         """What could be pruned, strongest first.
 
-        Args:
-            captured: the canonical programs.
-            calls: calibration calls to learn from.
-            settings: module path -> settings.
-            enabled: whether a module path may be pruned.
-            device: type of the device that the model will run on.
-            progress: told of the profiling.
-            record: receives refusals and mean attention maps.
+        Raises:
+            PassError: `pruned` is stated for some modules and left open for others.
         """
+        configs: dict[str, PruneAttentionConfig] = {}
         sites: list[AttentionSite] = []
-        paths: dict[str, str] = {}
-        for region, program in captured.programs.items():
+        for region, program in ctx.captured.programs.items():
             for site in attention_sites(program):
                 path = f"{region}.{site.path}".strip(".")
-                if enabled(path):
+                if ctx.enabled(path):
                     sites.append(site)
-                    paths[site.name] = path
+                    configs[site.name] = ctx.settings(path)
                 else:
                     reason = "left out by the configuration"
-                    record.declined.append(Decline(reason, site.node, site.name))
+                    ctx.record.declined.append(Decline(reason, site.node, site.name))
         if not sites:
             return []
-        configs = {site.name: settings(paths[site.name]) for site in sites}
-        if all(config.pruned is None for config in configs.values()):
-            return _chosen(captured, calls, sites, configs, device, progress)
-        if any(config.pruned is None for config in configs.values()):
+        stated = [config.pruned is not None for config in configs.values()]
+        if all(stated):
+            return [propose_stated(ctx, sites, configs)]
+        if any(stated):
             raise PassError("prune-attention: give `pruned` for all modules, or for none")
-        means = _mean_attention(captured, calls, sites, configs, progress)
-        record.mean_attention = {name: observer.mean() for name, observer in means.items()}
-        shapes = {name: observer.shape for name, observer in means.items()}
-        return [_stated(sites, configs, record.mean_attention, shapes)]
+        return propose_columns(ctx, sites, configs)
+
+    def sites(self, program: Program) -> dict[str, dict[str, Any]]:
+        """Every attention."""
+        return {
+            s.name: {"kind": s.kind, "path": s.path, "shape": list(s.shape)}
+            for s in attention_sites(program)
+        }
 
 
 def _device(program: Program, wanted: str) -> torch.device:
@@ -263,185 +166,8 @@ def _ledger(site: AttentionSite, layout: MaskLayout) -> dict[str, Any]:
         "pruned": 1 - layout.live_density,
         "live_density": layout.live_density,
         "tile_density": layout.tile_density,
+        "cost": layout.tile_density,
+        "dense_cost": 0.5 if site.is_causal else 1.0,
         "multiply_adds": {"before": dense, "after": round(dense * layout.tile_density)},
         "mask_bytes": sum(t.nbytes for t in layout.tensors),
     }
-
-
-# A stated sparsity -------------------------------------------------------------------------------
-
-
-def _mean_attention(
-    captured: CapturedModel,
-    calls: Sequence[Call],
-    sites: Sequence[AttentionSite],
-    configs: Mapping[str, PruneAttentionConfig],
-    progress: Progress,
-) -> dict[str, MeanAttention]:
-    """Mean maps of all sites from one run; by element where they fit into memory."""
-    elements = sum(s.heads * s.shape[3] * s.shape[4] for s in sites)
-    pooled = elements * 8 > _MAP_BYTES
-    means = {
-        site.name: MeanAttention(site, configs[site.name].cells if pooled else (1, 1))
-        for site in sites
-    }
-    profile(captured, calls, _by_region(captured, means), progress)
-    return means
-
-
-def _by_region(captured: CapturedModel, observers: Mapping[str, Any]) -> dict[str, list[Observer]]:
-    found: dict[str, list[Observer]] = {}
-    for path, program in captured.programs.items():
-        nodes = set(program.graph.nodes)
-        found[path] = [o for o in observers.values() if o.node in nodes]
-    return found
-
-
-def _stated(
-    sites: Sequence[AttentionSite],
-    configs: Mapping[str, PruneAttentionConfig],
-    means: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, int]],
-) -> Proposal:
-    live = {s.name: live_cells(*shapes[s.name], s.is_causal) for s in sites}
-
-    def decide() -> dict[str, dict[str, Any]]:
-        decisions: dict[str, dict[str, Any]] = {}
-        for group in _groups(sites, configs):
-            config = configs[group[0].name]
-            names = [site.name for site in group]
-            masks = _masks(config, {n: means[n] for n in names}, {n: live[n] for n in names})
-            for name in names:
-                lost = 1 - float((means[name] * masks[name]).sum() / means[name].sum())
-                decisions[name] = {"mask": masks[name], "source": config.mask, "error": lost}
-        return decisions
-
-    shares = sorted({float(c.pruned or 0) for c in configs.values()})
-    return Proposal(f"{', '.join(f'{100 * s:g} %' for s in shares)} pruned", decide)
-
-
-def _groups(
-    sites: Sequence[AttentionSite], configs: Mapping[str, PruneAttentionConfig]
-) -> list[list[AttentionSite]]:
-    """Sites that share their settings, self- and cross-attention apart, as in the paper."""
-    groups: dict[Any, list[AttentionSite]] = {}
-    for site in sites:
-        groups.setdefault((configs[site.name], site.kind == "cross"), []).append(site)
-    return list(groups.values())
-
-
-def _masks(
-    config: PruneAttentionConfig, means: Mapping[str, Tensor], live: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    pruned = float(config.pruned or 0.0)
-    if config.mask == "learned":
-        return threshold_masks(
-            means,
-            live,
-            pruned,
-            block=config.cells,
-            scope=config.scope,
-            universe=config.universe,
-            survive=config.survive,
-            min_keep_per_row=config.min_keep_per_row,
-        )
-    masks = {}
-    for index, (name, mean) in enumerate(means.items()):
-        if config.mask == "window":
-            one = window_mask(live[name], 1 - pruned, sinks=config.sinks, block=config.cells)
-            masks[name] = one.expand(mean.shape[0], -1, -1)
-        else:
-            seed = config.seed + index
-            masks[name] = random_mask(
-                live[name], mean.shape[0], 1 - pruned, seed=seed, block=config.cells
-            )
-    return masks
-
-
-# As far as the budget allows ---------------------------------------------------------------------
-
-
-def _chosen(
-    captured: CapturedModel,
-    calls: Sequence[Call],
-    sites: Sequence[AttentionSite],
-    configs: Mapping[str, PruneAttentionConfig],
-    device: str,
-    progress: Progress,
-) -> list[Proposal]:
-    """A ladder of masks by effect, from few columns to many."""
-    sizes = _longest(captured, calls, sites)
-    few = calls[:: max(1, len(calls) // _SCORED_CALLS)][:_SCORED_CALLS]
-    weights = row_weights(captured, sites, few, progress)
-    ranks = {}
-    for site in sites:
-        config = configs[site.name]
-        unit = config.unit or (16 if device == "cuda" else 1)
-        size = sizes[site.name]
-        ranks[site.name] = ColumnRanks(site, *size, config.rows, unit, weights.get(site.name))
-    profile(captured, calls, _by_region(captured, ranks), progress)
-    scored = {name: ColumnErrors(rank) for name, rank in ranks.items()}
-    profile(captured, few, _by_region(captured, scored), progress)
-    return [_rung(list(scored.values()), share, device) for share in _LADDER]
-
-
-@dataclass
-class _Size(Observer):
-    """The longest query and key lengths that a site sees."""
-
-    site: AttentionSite
-    longest: tuple[int, int] = (0, 0)
-    node: fx.Node = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.node = self.site.node
-
-    def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
-        q, k = inputs[self.site.q.name], inputs[self.site.k.name]
-        self.longest = (max(self.longest[0], q.shape[2]), max(self.longest[1], k.shape[2]))
-
-
-def _longest(
-    captured: CapturedModel, calls: Sequence[Call], sites: Sequence[AttentionSite]
-) -> dict[str, tuple[int, int]]:
-    if all(isinstance(s.node.meta["val"].shape[2], int) for s in sites):
-        return {s.name: (s.shape[3], s.shape[4]) for s in sites}
-    observers = {s.name: _Size(s) for s in sites}
-    profile(captured, calls, _by_region(captured, observers), Progress())
-    return {name: o.longest for name, o in observers.items()}
-
-
-def _tile_cost(device: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cost of a tile of gathered columns, in dense columns: measured ratios on two x86 cores.
-
-    A gathered column costs about 1.3 dense ones (smaller products, the gather), a tile as much as
-    16 on top; on CUDA the kernel's tiles are as fast as dense ones, and a tile costs about 64.
-    """
-    per_column, per_tile = (1.0, 64.0) if device == "cuda" else (1.3, 16.0)
-
-    def cost(kept: Tensor, live: Tensor) -> Tensor:
-        # A single column is a copy of its value: no product at all.
-        gathered = per_tile + per_column * kept
-        return torch.minimum(torch.where(kept <= 1, torch.ones_like(kept), gathered), live * 1.3)
-
-    return cost
-
-
-def _rung(scored: Sequence[ColumnErrors], share: float, device: str) -> Proposal:
-    def decide() -> dict[str, dict[str, Any]]:
-        choices = choose_columns(scored, _tile_cost(device), share)
-        decisions: dict[str, dict[str, Any]] = {}
-        for errors, (family, cut) in zip(scored, choices, strict=True):
-            site = errors.ranks.site
-            mask = errors.mask(family, cut)
-            live = live_cells(mask.shape[1], mask.shape[2], site.is_causal)
-            if bool((mask == live).all()):
-                continue  # nothing to gain here: the attention stays as it is
-            lost = errors.errors.gather(
-                0, family[None, ..., None].expand(1, *errors.errors.shape[1:])
-            )
-            error = float(lost[0].gather(-1, cut[..., None]).sum())
-            decisions[site.name] = {"mask": mask, "source": "effect", "error": error}
-        return decisions
-
-    return Proposal(f"{100 * share:g} % of the dense attention cost", decide)

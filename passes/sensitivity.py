@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxpress.capture import Call
 from fxpress.passes.sites import AttentionSite
-from fxpress.profile import Observer, run_observed
+from fxpress.profile import run_observed
 from fxpress.program import Program
 from fxpress.progress import Progress
 from fxpress.quality import float_outputs, logit_outputs
@@ -29,7 +29,7 @@ __all__ = ["row_weights"]
 
 
 @dataclass
-class _Output(Observer):
+class _Output:
     """Holds an attention's output (B, H, Nq, Dv) of the current call, for its gradient."""
 
     node: fx.Node
@@ -77,13 +77,9 @@ def row_weights(
     rows and sites then count alike.
     """
     outputs = {site.name: _Output(site.node) for site in sites}
-    regions = {
-        path: [o for o in outputs.values() if o.node in set(program.graph.nodes)]
-        for path, program in captured.programs.items()
-    }
 
     def runner(program: Program, leaves: Sequence[Any]) -> Any:
-        return run_observed(program, leaves, regions[program.path])
+        return run_observed(program, leaves, outputs.values())
 
     weights = {site.name: _Weights() for site in sites}
     module = captured.build(runner)
