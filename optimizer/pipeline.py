@@ -17,6 +17,7 @@ import networkx as nx
 from fxpress import environment
 from fxpress.config import OptimizeConfig
 from fxpress.errors import PassError
+from fxpress.planning import PlannedPass
 from fxpress.program import Program
 from fxpress.regions import CapturedModel
 from fxpress.rewrite import Decline, Fuel, Pass, PassContext, PassRecord
@@ -33,7 +34,7 @@ def resolve_order(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
     """Passes in the order in which they run: by phase, then by `after`, then by name.
 
     Raises:
-        PassError: an unknown phase, an `after` that names no pass, or a circle.
+        PassError: an unknown or wrong phase, an `after` that names no pass, or a circle.
     """
     by_name = {p.name: p for p in passes}
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -41,6 +42,8 @@ def resolve_order(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
     for kind in by_name.values():
         if kind.phase not in PHASES:
             raise PassError(f"{kind.name}: unknown phase {kind.phase!r}, not one of {PHASES}")
+        if (kind.phase == "rewrite") != issubclass(kind, PlannedPass):
+            raise PassError(f"{kind.name}: a PlannedPass, and no other, is of the phase 'rewrite'")
         for earlier in kind.after:
             if earlier not in by_name:
                 raise PassError(f"{kind.name} must run after {earlier!r}, which is no pass")
