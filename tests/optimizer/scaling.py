@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class ScaleLinear(PlannedPass):
     def propose(self, ctx: PlanContext) -> list[Proposal]:
         """The ladder of the test."""
         return [
-            Proposal(f"rung {index}", lambda d=decisions: d)
+            Proposal(f"rung {index}", functools.partial(dict, decisions))
             for index, decisions in enumerate(self.ladder)
         ]
 

@@ -25,8 +25,7 @@ def optimized(model: nn.Module, **options: Any) -> fxpress.OptimizedModule:
 def test_the_original_can_be_let_go() -> None:
     model = stack()
     model.config = {"width": 32}  # type: ignore[assignment]
-    held = [weakref.ref(module) for module in model.modules()]
-    held += [weakref.ref(parameter) for parameter in model.parameters()]
+    held = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
     o = optimized(model, keep_original=False)
     expected = o(batches(1)[0])
     del model
