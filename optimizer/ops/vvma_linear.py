@@ -8,7 +8,7 @@ vectors are summed first and each core multiplies once per output piece: r (mn/k
 where a dense m x n weight takes mn. With `core` (p, r, k, k) each output piece has cores of its own.
 
 Source: Khoury et al. 2020 (VVMA), with r terms. On CUDA a generated kernel serves small batches
-(`fxpress.lowering`); elsewhere z is a depthwise convolution or a batched product per lane.
+(`fxpress.lowering`); elsewhere z is summed row by row or as a batched product per lane.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["VvmaSite", "vvma_linear", "vvma_reference"]
 
 _OPERATOR = "fxpress::vvma_linear"
 _BATCHES = (1, 2, 4, 8, 16, 32)
+_CACHED = 2**19  # elements that a core's cache holds beside their product
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,17 @@ def _cut(x: Tensor, pieces: int, block: int) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).reshape(-1, pieces, block)
 
 
-def _convolve(row: Tensor, vectors: Tensor) -> Tensor:
-    """Return z (r p, k) of one row (q, k).
+def _one_row(row: Tensor, vectors: Tensor) -> Tensor:
+    """Return z (r p, k) of one row (q, k), reading the vectors once in the order of memory.
 
-    The vectors are an image of r p q pixels with k channels, and the row is a depthwise filter of
-    width and stride q: one pass over them in the order of memory, several outputs at a time.
+    Few vectors: the product stays in the cache until it is summed. Many: they are an image of r p q
+    pixels with k channels and the row is a depthwise filter of width and stride q, so that nothing
+    is written in between and several outputs are summed at a time.
     """
     terms, p, q, block = vectors.shape
-    image = vectors.reshape(1, 1, terms * p * q, block).permute(0, 3, 1, 2)
+    if vectors.numel() <= _CACHED:
+        return (vectors * row).sum(2).view(terms * p, block)
+    image = vectors.view(1, 1, terms * p * q, block).permute(0, 3, 1, 2)
     weight = row.reshape(1, q, 1, block).permute(3, 2, 0, 1)
     z = F.conv2d(image, weight, stride=(1, q), groups=block)
     return z.permute(0, 2, 3, 1).reshape(terms * p, block)
@@ -121,10 +125,9 @@ def _per_lane(x: Tensor, vectors: Tensor) -> Tensor:
 
 def _sums(x: Tensor, vectors: Tensor) -> Tensor:
     """z (B, r, p, k) of x (B, q, k), in the cheaper form."""
-    few = 1 <= x.shape[0] <= 4
-    convolves = x.device.type == "cpu" and x.dtype == torch.float32 and vectors.is_contiguous()
-    if few and convolves and torch.backends.mkldnn.is_available():
-        z = torch.stack([_convolve(row, vectors) for row in x])
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and vectors.is_contiguous()
+    if plain and 1 <= x.shape[0] <= 4:
+        z = torch.stack([_one_row(row, vectors) for row in x])
         return z.view(-1, *vectors.shape[:2], vectors.shape[3])
     return _per_lane(x, vectors)
 
