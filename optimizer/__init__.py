@@ -9,6 +9,7 @@ from __future__ import annotations
 from fxpress import errors, testing
 from fxpress import hf as hf
 from fxpress.api import optimize, optimize_
+from fxpress.artifact import load
 from fxpress.capture import capture
 from fxpress.config import OptimizeConfig
 from fxpress.explain import Explanation, Site, explain
@@ -36,6 +37,7 @@ __all__ = [
     "errors",
     "explain",
     "hf",
+    "load",
     "optimize",
     "optimize_",
     "testing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -101,6 +102,37 @@ class OptimizedModule(nn.Module):
         if self._rebuild is None:
             raise PlanError("without() needs the original: optimize with keep_original=True")
         return self._rebuild(self.plan.without(pass_name))  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> Path:
+        """Save the module for `fxpress.load`: graphs, tensors, plan and report; no code.
+
+        The files replace what was saved there before all at once: a process that is killed leaves
+        the old artifact or the new one.
+
+        Args:
+            path: a folder, or a stored zip where it ends in `.zip`.
+
+        Raises:
+            ArtifactError: the path holds something else, or the graph something that the format
+                cannot hold; the message names the node.
+        """
+        from fxpress import artifact
+
+        return artifact.save(self, path)
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module for `torch.export.load`, for runtimes and compilers that read `.pt2`.
+
+        A process that loads it has to import fxpress first where masks or factors were put in:
+        those are operators of fxpress. Unlike an artifact, a `.pt2` of a stranger may run code
+        when it is loaded, and has neither plan nor report.
+
+        Raises:
+            ArtifactError: a part of the model stayed Python, or the name does not end in `.pt2`.
+        """
+        from fxpress import artifact
+
+        return artifact.export(self, path)
 
     def unshare(self) -> OptimizedModule:
         """Part from the original's storage: every parameter and buffer becomes a copy."""
