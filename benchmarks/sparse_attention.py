@@ -28,8 +28,8 @@ from fxpress.ops import AttentionSite, layout_tiles, reference
 __all__ = ["measure"]
 
 BYTES_PER_MS = 3.0e9
-TILES = ((128, 64), (64, 64), (128, 32), (64, 32), (128, 128), (64, 128))
-OPTIONS = ((4, 3), (8, 3), (4, 2), (4, 5))
+TILES = ((64, 64), (64, 32), (128, 64), (128, 32), (128, 128), (64, 128))
+OPTIONS = ((4, 3), (4, 2), (8, 3), (4, 4))
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     scale = row.width**-0.5
     mask = draw(row)
-    layout = compile_mask(mask)
+    layout = compile_mask(mask, head_dim=row.width)
     default = Candidate.of(layout, q, k, v)
     run = default.runner(q, k, v, scale)
     error = error_against_reference(run(), q, k, v, mask)

@@ -46,7 +46,6 @@ class AttentionKernel:
         rows: BM, query rows of a tile.
         columns: BN, key columns of a tile.
         group: query heads per key head.
-        shared: whether heads share lists, so that a head's list is looked up.
         full: whether there are full tiles.
         packed: whether there are packed tiles.
         mask: dtype of the run-time mask, or "none".
@@ -66,7 +65,6 @@ class AttentionKernel:
     rows: int
     columns: int
     group: int = 1
-    shared: bool = False
     full: bool = True
     packed: bool = True
     mask: str = "none"
@@ -93,7 +91,6 @@ class AttentionKernel:
             rows=rows,
             columns=columns,
             group=site.group,
-            shared=facts.unique < facts.shape[0],
             full=facts.full,
             packed=facts.packed,
             mask=site.mask,
@@ -107,10 +104,16 @@ class AttentionKernel:
         return kernel.with_options()
 
     def with_options(self) -> AttentionKernel:
-        """Return the same with warps and stages from a small table of what was fastest."""
+        """Return the same with warps and stages: what was fastest on an H100 in `--tune` runs."""
         wide = max(self.head_dim, self.value_dim) > 64
-        warps = 8 if self.rows >= 128 and (wide or self.dtype == "float32") else 4
-        stages = (1 if wide else 2) if self.dtype == "float32" else (2 if wide else 3)
+        tall = self.rows >= 128
+        if self.dtype == "float32":
+            return replace(self, warps=8 if tall else 4, stages=1 if wide else 2)
+        if wide:
+            # Two stages spill least, but packed columns take registers of their own.
+            warps, stages = ((8, 3) if self.packed else (4, 2)) if tall else (4, 3)
+        else:
+            warps, stages = 4, 2 if self.packed and self.columns >= 64 else 3
         return replace(self, warps=warps, stages=stages)
 
     @property
@@ -145,8 +148,6 @@ def _header(s: AttentionKernel) -> str:
     facts.append(f"tiles of {s.rows} query rows by {s.columns} key columns")
     if s.group > 1:
         facts.append(f"{s.group} query heads per key head")
-    if s.shared:
-        facts.append("heads share lists")
     if s.mask != "none":
         where = "differs between rows" if s.mask_per_row else "the same for every row"
         facts.append(f"run-time mask: {s.mask}, {where}")
@@ -186,12 +187,11 @@ def accumulate(scores, v, m, l, acc, scale):
 
 def parameters(s: AttentionKernel) -> list[str]:
     """Names of the kernel's parameters; tensors in capitals."""
-    names = ["Q", "K", "V", "O", "ORDER"]
-    names += ["HEADS"] * s.shared
-    names += ["FULL_START", "FULL_TILE"] * s.full
-    names += ["PACKED_START", "COLUMN", "WORD"] * s.packed
+    names = ["Q", "K", "V", "O", "JOBS"]
+    names += ["FULL_TILE"] * s.full
+    names += ["COLUMN", "WORD"] * s.packed
     names += ["MASK"] * (s.mask != "none")
-    names += ["batch", "tiles", "queries", "keys", "scale"]
+    names += ["batch", "queries", "keys", "scale"]
     names += [f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "row")]
     names += [f"mask_{axis}" for axis in ("batch", "head", "row", "key")] * (s.mask != "none")
     return names
@@ -202,16 +202,16 @@ def _prologue(s: AttentionKernel) -> list[str]:
     width, value = _power_of_two(s.head_dim), _power_of_two(s.value_dim)
     key_head = f"head // {s.group}" if s.group > 1 else "head"
     lines = [
-        "# One program: one tile of query rows of one head; the longest tiles start first.",
-        "pair = tl.load(ORDER + tl.program_id(0) // batch)",
+        "# One program: one tile of query rows of one head; long ones start first.",
+        "job = JOBS + tl.program_id(0) // batch * 6",
         "b = (tl.program_id(0) % batch).to(tl.int64)",
-        "head = pair // tiles",
-        "tile = pair % tiles",
+        "head = tl.load(job).to(tl.int64)",
+        "tile = tl.load(job + 1)",
     ]
     if s.short:
         lines += [f"if tile * {s.rows} >= queries:", "    return"]
-    lines += ["pair = tl.load(HEADS + head) * tiles + tile"] * s.shared
     lines += [
+        "scale = tl.full((), scale, tl.float32)",  # compilers may pass it in float64
         f"r = tl.arange(0, {s.rows})",
         f"n = tl.arange(0, {s.columns})",
         f"d = tl.arange(0, {width})",
@@ -316,16 +316,16 @@ def _body(s: AttentionKernel, packed: bool) -> list[str]:
 
 def _loop(s: AttentionKernel, packed: bool) -> list[str]:
     """Walk one list. Columns are read a step ahead, so that keys can be loaded several ahead."""
-    bounds = "PACKED_START" if packed else "FULL_START"
+    first, last = ("job + 4", "job + 5") if packed else ("job + 2", "job + 3")
     if packed:
         head = ["# Packed tiles: a bit says whether a row keeps a column."]
         head.append(f"bit = 1 << (n % {_WORD})")
     else:
         head = ["# Full tiles: every row keeps every column."]
     head += [
-        f"start = tl.load({bounds} + pair)",
+        f"start = tl.load({first})",
         f"following = {_columns(s, packed, 'start')}",
-        f"for t in range(start, tl.load({bounds} + pair + 1)):",
+        f"for t in range(start, tl.load({last})):",
     ]
     return head + [f"    {line}" for line in _body(s, packed)]
 
@@ -357,12 +357,6 @@ def emit(s: AttentionKernel) -> KernelSource:
 # --- launch ---------------------------------------------------------------------------------
 
 
-def _lists(s: AttentionKernel, facts: LayoutSpec, layout: list[Tensor]) -> list[Tensor]:
-    """The layout tensors that the kernel takes, in its order."""
-    order, *lists = layout[3 if facts.empty else 2 :]
-    return [order, *([layout[1]] if s.shared else []), *lists]
-
-
 def _rows_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -379,7 +373,7 @@ def launch(
     """Run `kernel`, the one that `emit(s)` loads or what wraps it, on q, k and v."""
     q, k, v = (_rows_dense(x) for x in tensors)
     batch, heads, queries, _ = q.shape
-    tiles = -(-facts.shape[1] // s.rows)
+    lists = layout[3 if facts.empty else 2 :]
     out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
     mask: list[Any] = []
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:3]]
@@ -387,9 +381,9 @@ def launch(
         full = attn_mask.expand(batch, heads, attn_mask.shape[2], k.shape[2])
         mask = [full.view(torch.uint8) if full.dtype == torch.bool else full]
         strides += full.stride()
-    kernel[(heads * tiles * batch,)](
-        *(q, k, v, out, *_lists(s, facts, layout), *mask),
-        *(batch, tiles, queries, k.shape[2], scale * math.log2(math.e)),
+    kernel[(lists[0].shape[0] * batch,)](
+        *(q, k, v, out, *lists, *mask),
+        *(batch, queries, k.shape[2], scale * math.log2(math.e)),
         *strides,
         num_warps=s.warps,
         num_stages=s.stages,

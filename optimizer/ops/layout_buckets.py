@@ -218,7 +218,7 @@ def _triangles(heads: Ints, unique: list[int], size: int) -> tuple[Bucket, list[
 
 
 def build(
-    facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None
+    facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None, _head_dim: int
 ) -> tuple[LayoutSpec, list[Tensor]]:
     """Build the buckets of a packed mask.
 

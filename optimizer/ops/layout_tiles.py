@@ -7,7 +7,10 @@ For each (head, tile of BM query rows), key columns fall into two lists:
   whole cache line or more, so gathering rows costs little beside loading neighbors; a run of kept
   columns stays a run. One bit per cell, in words along the columns, says which rows keep which.
 
-Tiles are processed longest first, so that the last wave of a launch holds short ones.
+A job is one (head, tile of rows). Long jobs come first, so that the last wave of a launch holds
+short ones; jobs of about one length are in the order of their heads, so that programs that run at
+the same time read the same keys (head by head alone gained 4 to 9 % on random blocks of an H100
+and lost as much on causal bands, which end in long rows).
 """
 
 from __future__ import annotations
@@ -27,24 +30,31 @@ __all__ = ["COSTS", "TileCosts", "build"]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_TILES = ((128, 64), (64, 64), (128, 32), (64, 32))
+_TILES = ((64, 64), (64, 32), (128, 64))
 
 
 @dataclass(frozen=True)
 class TileCosts:
-    """The cost model of a query row, in full cells computed; its ratios were measured on an H100.
+    """The cost model of a query row, in full cells computed.
+
+    Fitted to the times of all tiles of `benchmarks/run.py --tune` on an H100: its choice is within
+    7 % of the fastest on each of those masks.
 
     Attributes:
         tile: what a key tile costs beside its cells.
         packed: how much a packed cell costs.
         row: what a row costs by itself.
         second_loop: what filling the pipeline again costs where there are both lists.
+        tall: factor of tiles of 128 rows, which leave room for fewer programs at a time.
+        tall_wide: the same where heads are wider than 64: there each key serves more rows.
     """
 
-    tile: float = 7.0
-    packed: float = 1.4
-    row: float = 64.0
-    second_loop: float = 40.0
+    tile: float = 4.5
+    packed: float = 1.25
+    row: float = 380.0
+    second_loop: float = 35.0
+    tall: float = 1.02
+    tall_wide: float = 0.9
 
 
 COSTS = TileCosts()
@@ -58,6 +68,7 @@ class _Cut:
     tile: tuple[int, int]
     full: Bools  # (P, key tiles)
     rest: Bools  # (P, Nk): columns left to pack
+    wide: bool  # heads are wider than 64
 
     @property
     def packed_tiles(self) -> Ints:
@@ -70,9 +81,10 @@ class _Cut:
         full, packed = self.full.sum(1), self.packed_tiles
         both = COSTS.second_loop * ((full > 0) & (packed > 0))
         columns = self.tile[1] * (full + COSTS.packed * packed)
-        return np.asarray(
-            self.tile[0] * (columns + COSTS.tile * (full + packed) + COSTS.row + both)
-        )
+        rows = float(self.tile[0])
+        if rows > 64:
+            rows *= COSTS.tall_wide if self.wide and not packed.any() else COSTS.tall
+        return np.asarray(rows * (columns + COSTS.tile * (full + packed) + COSTS.row + both))
 
 
 def _summaries(bits: Bits, rows: int, keys: int) -> tuple[Bools, Bools]:
@@ -86,7 +98,7 @@ def _summaries(bits: Bits, rows: int, keys: int) -> tuple[Bools, Bools]:
     return any_row, every_row
 
 
-def _cut(bits: Bits, tile: tuple[int, int], keys: int, split: bool) -> _Cut:
+def _cut(bits: Bits, tile: tuple[int, int], keys: int, split: bool, wide: bool) -> _Cut:
     """Cut at one tile size; without `split` even full tiles are packed, for a single loop."""
     kept, every = _summaries(bits, tile[0], keys)
     whole = keys // tile[1]
@@ -94,12 +106,13 @@ def _cut(bits: Bits, tile: tuple[int, int], keys: int, split: bool) -> _Cut:
     full: Bools = np.logical_and(aligned.all(-1), split)
     rest = kept.copy()
     rest[:, : whole * tile[1]] &= ~full.repeat(tile[1], axis=1)
-    return _Cut(tile, full, rest)
+    return _Cut(tile, full, rest, wide)
 
 
-def _choose(bits: Bits, keys: int, tile: tuple[int, int] | None) -> _Cut:
+def _choose(bits: Bits, keys: int, tile: tuple[int, int] | None, head_dim: int) -> _Cut:
     tiles = (tile,) if tile else _TILES
-    cuts = [_cut(bits, size, keys, split) for size in tiles for split in (True, False)]
+    wide = head_dim > 64
+    cuts = [_cut(bits, size, keys, split, wide) for size in tiles for split in (True, False)]
     return min(cuts, key=lambda cut: float(cut.work.sum()))
 
 
@@ -151,8 +164,21 @@ def _check_tile(tile: tuple[int, int]) -> None:
         raise PlanError(f"tile {tile!r}: rows and columns are 32, 64 or 128")
 
 
+def _jobs(cut: _Cut, heads: Ints) -> Ints:
+    """A row per job, in the order of the launch: head, tile of rows, and its part of both lists."""
+    per_head = len(cut.full) // (int(heads.max()) + 1)
+    head, tile = np.divmod(np.arange(len(heads) * per_head), per_head)
+    pair = heads[head] * per_head + tile
+    spans = [_offsets(counts) for counts in (cut.full.sum(1), cut.packed_tiles)]
+    ends = [ends[pair + i] for ends in spans for i in (0, 1)]
+    work = cut.work[pair]
+    # The last key is the first to sort by.
+    order = np.lexsort((-work, head, -np.floor(np.log2(np.maximum(work, 1)))))
+    return np.stack([head, tile, *ends], axis=1)[order]
+
+
 def build(
-    facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None
+    facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None, head_dim: int
 ) -> tuple[LayoutSpec, list[Tensor]]:
     """Build the tile lists of a packed mask.
 
@@ -161,29 +187,26 @@ def build(
         bits: the different head masks (U, Nq, W), one bit a cell.
         heads: index into them per head (H,).
         tile: (BM, BN), or None to choose by the cost model.
+        head_dim: D, which the cost model minds.
 
     Returns:
-        The completed facts, and int32 tensors: order of the pairs head * T + tile, longest first
-        (H * T,); where full tiles exist, offsets (U * T + 1,) and tile indices; where packed ones
-        do, offsets (U * T + 1,), columns (tiles + 1, BN) and words (tiles, BN / 32, BM). Tile
-        indices and columns have one entry more than is used.
+        The completed facts, and int32 tensors: jobs (H * T, 6), each a head, a tile of rows, its
+        first and last (exclusive) full tile and the same of packed ones; where full tiles exist,
+        their indices; where packed ones do, columns (tiles + 1, BN) and words (tiles, BN / 32, BM).
+        Tile indices and columns have one entry more than is used.
     """
     if tile is not None:
         _check_tile(tile)
-    cut = _choose(bits, facts.shape[2], tile)
-    per_head = len(cut.full) // len(bits)
-    pairs = (heads[:, None] * per_head + np.arange(per_head)).ravel()
-    lists: list[NDArray[np.int64] | NDArray[np.int32]] = [
-        np.argsort(-cut.work[pairs], kind="stable")
-    ]
+    cut = _choose(bits, facts.shape[2], tile, head_dim)
+    jobs = _jobs(cut, heads)
+    lists: list[NDArray[np.int64] | NDArray[np.int32]] = [jobs]
     full, packed = bool(cut.full.any()), bool(cut.rest.any())
     if full:
-        lists += [_offsets(cut.full.sum(1)), _and_one(np.nonzero(cut.full)[1])]
+        lists.append(_and_one(np.nonzero(cut.full)[1]))
     if packed:
         columns, padding, owner = _pack_columns(cut)
-        lists += [_offsets(cut.packed_tiles), _and_one(columns)]
-        lists.append(_words(bits, cut, columns, padding, owner))
-    tiles = cut.full.sum(1) + cut.packed_tiles
-    computed = int(tiles[pairs].sum()) * cut.tile[0] * cut.tile[1]
+        lists += [_and_one(columns), _words(bits, cut, columns, padding, owner)]
+    tiles = int((jobs[:, 3] - jobs[:, 2] + jobs[:, 5] - jobs[:, 4]).sum())
+    computed = tiles * cut.tile[0] * cut.tile[1]
     facts = replace(facts, tile=cut.tile, computed=computed, full=full, packed=packed)
     return facts, [torch.from_numpy(np.ascontiguousarray(part.astype(np.int32))) for part in lists]

@@ -333,6 +333,7 @@ def compile_mask(
     *,
     universe: Tensor | None = None,
     form: str | None = None,
+    head_dim: int = 64,
 ) -> MaskLayout:
     """Compile a static attention mask for one device.
 
@@ -345,6 +346,7 @@ def compile_mask(
             of `live_density`; all cells when None.
         form: "tiles" or "buckets", instead of what suits the device (to inspect, or to compile
             where the device is not).
+        head_dim: D of the attention that it is for; only the choice of the tile minds.
 
     Raises:
         PlanError: if mask, tile or universe has the wrong dtype or shape, or there is no such form.
@@ -373,5 +375,5 @@ def compile_mask(
         causal=_is_causal(bits),
         empty=not rows_kept.all(),
     )
-    facts, tensors = builders[form](facts, bits, heads, tile)
+    facts, tensors = builders[form](facts, bits, heads, tile, head_dim)
     return MaskLayout(str(facts), tuple(tensor.to(device) for tensor in [*common, *tensors]))

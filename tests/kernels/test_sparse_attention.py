@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ KERNELS = {
     "plain": PLAIN,
     "blocks": replace(PLAIN, packed=False),
     "packed_only": replace(PLAIN, rows=64, full=False, empty=True),
-    "padding": replace(PLAIN, mask="bool", group=3, shared=True, empty=True),
+    "padding": replace(PLAIN, mask="bool", group=3, empty=True),
     "bias": replace(PLAIN, rows=64, mask="float32", mask_per_row=True, empty=True),
     "prompt": replace(
         PLAIN,
@@ -52,7 +53,7 @@ def test_source(name: str, golden: Callable[[str, str], None]) -> None:
 def signature(kernel: AttentionKernel) -> dict[str, str]:
     """Triton's types of the kernel's parameters."""
     types = dict.fromkeys(["Q", "K", "V", "O"], f"*{TYPES[kernel.dtype]}")
-    types |= {"HEADS": "*i64", "scale": "fp32"}
+    types["scale"] = "fp32"
     types["MASK"] = "*u8" if kernel.mask == "bool" else f"*{TYPES.get(kernel.mask)}"
     return {
         name: types.get(name, "*i32" if name.isupper() else "i32") for name in parameters(kernel)
@@ -71,23 +72,32 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
     return int(stack)
 
 
-@pytest.mark.parametrize("dtype", list(TYPES))
-@pytest.mark.parametrize("name", list(KERNELS))
-def test_compiles_for_sm_90(name: str, dtype: str, tmp_path: Path) -> None:
+def compile_for_sm_90(kernel: AttentionKernel, **types: str) -> Any:
+    """Compile a kernel; parameters have the types that `signature` gives unless stated."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = replace(KERNELS[name], dtype=dtype).with_options()
-    source = emit(kernel)
-    types = signature(kernel)
+    source, types = emit(kernel), signature(kernel) | types
     aligned = [i for i, x in enumerate(types) if x.isupper() or re.match("[qkvo]_", x)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(source.load().kernel, signature=types, attrs=attributes),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": source.warps, "num_stages": source.stages},
     )
+
+
+def test_compiles_with_a_scale_in_float64() -> None:
+    """As Inductor passes numbers."""
+    assert compile_for_sm_90(PLAIN, scale="fp64").asm["cubin"]
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_compiles_for_sm_90(name: str, dtype: str, tmp_path: Path) -> None:
+    kernel = replace(KERNELS[name], dtype=dtype).with_options()
+    compiled = compile_for_sm_90(kernel)
     assert compiled.metadata.shared <= min(kernel.shared_bytes, SHARED_MEMORY)
     assert stack_bytes(compiled.asm["cubin"], tmp_path) <= MAX_STACK[dtype]
     products = 3 if dtype == "float32" else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -38,24 +39,21 @@ def rebuild_tiles(layout: MaskLayout) -> Tensor:
     heads, queries, keys = facts.shape
     rows, width = facts.tile
     tiles = -(-queries // rows)
-    dense = torch.zeros(facts.unique * tiles, rows, keys + width, dtype=torch.bool)
-    assert sorted(rest.pop(0).tolist()) == list(range(heads * tiles))
-    if facts.full:
-        starts, indices = rest.pop(0), rest.pop(0)
-        for pair in range(len(dense)):
-            for tile in indices[starts[pair] : starts[pair + 1]].tolist():
-                dense[pair, :, tile * width : (tile + 1) * width] = True
-    if facts.packed:
-        starts, columns, words = rest
-        shifts = torch.arange(32, dtype=torch.int32)
-        for pair in range(len(dense)):
-            for t in range(int(starts[pair]), int(starts[pair + 1])):
-                cells = (words[t].T[:, :, None] >> shifts & 1).bool().flatten(1)
-                row, slot = cells.nonzero().T
-                assert not dense[pair, row, columns[t, slot]].any(), "a cell is computed twice"
-                dense[pair, row, columns[t, slot]] = True
-    dense = dense.view(facts.unique, tiles * rows, keys + width)[:, :queries, :keys]
-    return dense[layout.tensors[1]]
+    dense = torch.zeros(heads, tiles, rows, keys + width, dtype=torch.bool)
+    jobs = rest.pop(0).tolist()
+    assert sorted((head, tile) for head, tile, *_ in jobs) == [*product(range(heads), range(tiles))]
+    indices = rest.pop(0) if facts.full else torch.empty(0)
+    columns, words = rest or (torch.empty(0), torch.empty(0))
+    shifts = torch.arange(32, dtype=torch.int32)
+    for head, tile, full_first, full_last, packed_first, packed_last in jobs:
+        cells = dense[head, tile]
+        for full in indices[full_first:full_last].tolist():
+            cells[:, full * width : (full + 1) * width] = True
+        for t in range(packed_first, packed_last):
+            row, slot = (words[t].T[:, :, None] >> shifts & 1).bool().flatten(1).nonzero().T
+            assert not cells[row, columns[t, slot]].any(), "a cell is computed twice"
+            cells[row, columns[t, slot]] = True
+    return dense.view(heads, tiles * rows, keys + width)[:, :queries, :keys]
 
 
 @given(masks, st.sampled_from([None, (32, 32), (64, 64), (128, 128)]))
@@ -109,13 +107,19 @@ def test_equal_heads_share_storage() -> None:
     eight = compile_mask(mask.expand(8, -1, -1), device="cpu", form="tiles")
     assert eight.facts.unique == 1
     grown = [(a.numel(), b.numel()) for a, b in zip(one.tensors, eight.tensors, strict=True)]
-    assert [a for a, b in grown if a != b] == [1, one.tensors[2].numel()]  # head map and order
+    assert [a for a, b in grown if a != b] == [1, one.tensors[2].numel()]  # head map and jobs
 
 
 def test_longest_tiles_come_first() -> None:
     mask = torch.ones(1, 256, 256, dtype=torch.bool).tril()
-    order = compile_mask(mask, (64, 64), device="cpu", form="tiles").tensors[2]
-    assert order.tolist() == [3, 2, 1, 0]
+    jobs = compile_mask(mask, (64, 64), device="cpu", form="tiles").tensors[2]
+    assert jobs[:, 1].tolist() == [3, 2, 1, 0]
+
+
+def test_jobs_of_about_one_length_stay_with_their_head() -> None:
+    mask = torch.rand(3, 512, 512) < 0.3
+    jobs = compile_mask(mask, (64, 64), device="cpu", form="tiles").tensors[2]
+    assert jobs[:, 0].tolist() == sorted(jobs[:, 0].tolist())
 
 
 def test_a_layout_made_for_another_device_is_recompiled() -> None:
