@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxpress.errors import LoweringError, PlanError
@@ -47,7 +48,7 @@ def attach(model: nn.Module, plan: Plan) -> nn.Module:
     The model's own code stays in charge (`generate`, caches, beams); only its attention function
     is exchanged, in this very model. A call beyond the mask's rows or keys runs dense. Attention
     that is not pruned stays "eager" where it was, and is "sdpa" otherwise. Move the model to its
-    device first. Attach a plan without decisions to undo.
+    device first, and do not pad on the left. Attach a plan without decisions to undo.
 
     Args:
         model: a transformers `PreTrainedModel`, or a module that holds some.
@@ -143,6 +144,8 @@ def _attention(
             f"{type(module).__name__} passes {', '.join(changes)}, which pruned attention does "
             "not take: run the optimized module itself"
         )
+    if site.first_row == 0 and attention_mask is not None:
+        _refuse_left_padding(attention_mask)
     out = sparse_attention(
         query,
         key,
@@ -154,6 +157,17 @@ def _attention(
         q_offset=site.first_row,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_left_padding(mask: Tensor) -> None:
+    """The first key must be open to the first query: positions are rows and columns of the mask."""
+    first = mask[..., 0, 0]
+    is_open = first if first.dtype is torch.bool else first > torch.finfo(first.dtype).min / 2
+    if not bool(is_open.all()):
+        raise LoweringError(
+            "the batch is padded on the left, which shifts positions against a static mask: pad on "
+            "the right, or generate for prompts of one length at a time"
+        )
 
 
 def _dense(own: str, module: nn.Module) -> Any:

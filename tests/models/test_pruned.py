@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxpress
@@ -27,6 +26,14 @@ SITES = {
     "whisper-tiny-encoder": {"self": 4},
 }
 NAMES = sorted(SITES)
+
+
+@pytest.fixture(autouse=True)
+def _both_cores() -> Iterator[None]:
+    """These tests run with nothing beside them, and their models are large."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def prose() -> list[str]:
