@@ -7,15 +7,16 @@ At small batch the call is as fast as its vectors are read, and a launch costs a
 terms: one kernel stores z, a program per piece and term, so that all multiprocessors read; a second
 one multiplies by the cores on tensor cores.
 
-Each row is a tile of its own, unrolled in the text: rows, vectors and core then have one layout, and
-nothing moves between threads but the two sums. From compute capability 9.0 on a kernel is launched
-while the one before it still runs (programmatic dependent launch): until it has to wait for that
-one's results, it only prefetches its weights into the L2 cache, which is safe even if they are being
-written.
+Each row is a tile of its own, unrolled in the text: rows, vectors and core then have one layout,
+and nothing moves between threads but the two sums. From compute capability 9.0 on a kernel is
+launched while the one before it still runs (programmatic dependent launch): until it has to wait
+for that one's results, it only prefetches its weights into the L2 cache, which is safe even if they
+are being written.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,7 @@ def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ..
         overlap=overlap,
         warps=8 if max(width, site.block) * site.block > 4096 else 4,
     )
-    if site.terms <= 2 or not site.shared:
+    if not site.shared or (site.terms <= 2 and site.block <= 128):
         return (one,)
     columns = 16 if p * max(site.batch, 1) <= 512 else 32
     return (
@@ -161,9 +162,9 @@ def _wait(s: VvmaKernel, weights: str) -> list[str]:
     size = torch.finfo(getattr(torch, s.dtype)).bits // 8
     lines = max(1, s.tiles[1] * s.block * size // _LINE)
     asm = '"prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l"'
+    line = f"tl.minimum(tl.arange(0, {_power_of_two(lines)}), {lines - 1}) * {_LINE // size}"
     prefetch = [
-        f"line = {weights} + tl.minimum(tl.arange(0, {_power_of_two(lines)}), {lines - 1})"
-        f" * {_LINE // size}",
+        f"line = {weights} + {line}",
         f"tl.inline_asm_elementwise({asm}, [line.to(tl.int64)], tl.int32, False, 1)",
     ]
     return [
@@ -180,7 +181,7 @@ def _load(at: str, guards: list[str]) -> str:
     return f"tl.load({at}, mask={guard}, other=0.0).to(tl.float32)"
 
 
-def _finish(s: VvmaKernel, y: str, column: str) -> list[str]:
+def _finish(s: VvmaKernel, y: str) -> list[str]:
     """Bias and activation, in float32."""
     lines = [f"{y} += bias"] * s.bias
     if s.activation is not None:
@@ -188,10 +189,10 @@ def _finish(s: VvmaKernel, y: str, column: str) -> list[str]:
     return lines
 
 
-def _bias(s: VvmaKernel, column: str, at: str) -> list[str]:
+def _bias(s: VvmaKernel, at: str) -> list[str]:
     m, p = s.features[0], s.tiles[0]
     guards = [f"{at} < {m}"] if m < p * s.block else []
-    return [f"bias = {_load(f'BIAS + {at}', guards)}{column}"] * s.bias
+    return [f"bias = {_load(f'BIAS + {at}', guards)}"] * s.bias
 
 
 def _inputs(s: VvmaKernel) -> list[str]:
@@ -219,11 +220,9 @@ def _sums(s: VvmaKernel) -> list[str]:
     x_guard = [f"at{offset} < {n}"] if n < q * s.block else v_guard
     body = [f"v = {_load(f'v_at{offset}', v_guard)}"]
     if once:
-        for row in range(s.rows):
-            body.append(f"z_{row} = tl.sum(v * x_{row}, 0)")
-        return body
-    for row in range(s.rows):
-        body.append(f"sum_{row} += v * {_load(f'x_at_{row}{offset}', x_guard)}")
+        return body + [f"z_{row} = tl.sum(v * x_{row}, 0)" for row in range(s.rows)]
+    loads = [_load(f"x_at_{row}{offset}", x_guard) for row in range(s.rows)]
+    body += [f"sum_{row} += v * {load}" for row, load in enumerate(loads)]
     zeros = f"tl.zeros(({s.width}, {s.block}), tl.float32)"
     return [
         *(f"sum_{row} = {zeros}" for row in range(s.rows)),
@@ -256,7 +255,7 @@ def _whole(s: VvmaKernel) -> list[str]:
         f"m = tl.load(core_at + t * {k * k}).to(tl.float32)",
         f"v_at = VECTORS + (t * {p} + i) * {piece} + at",
         *_sums(s),
-        *(f"y_{row} += m * z_{row}[None, :]" for row in range(s.rows)),
+        *(f"y_{row} += tl.sum(m * z_{row}[None, :], 1)" for row in range(s.rows)),
     ]
     core = "CORE + " if s.shared else f"CORE + i * {s.terms * k * k} + "
     lines = [
@@ -268,15 +267,14 @@ def _whole(s: VvmaKernel) -> list[str]:
         *_wait(s, f"VECTORS + i * {piece}"),
         *_rows_of_x(s),
     ]
-    lines += [f"y_{row} = tl.zeros(({k}, {k}), tl.float32)" for row in range(s.rows)]
+    lines += [f"y_{row} = tl.zeros(({k},), tl.float32)" for row in range(s.rows)]
     lines += [f"for t in range({s.terms}):", *_indent(term)]
-    lines += _bias(s, "", f"i * {k} + a")
+    lines += _bias(s, f"i * {k} + a")
     guards = [f"i * {k} + a < {m}"] if m < p * k else []
     for row in range(s.rows):
-        lines.append(f"out_{row} = tl.sum(y_{row}, 1)")
-        lines += _finish(s, f"out_{row}", "")
+        lines += _finish(s, f"y_{row}")
         at = f"Y + (b + {row}) * {m} + i * {k} + a"
-        lines.append(_store(s, row, at, f"out_{row}", guards))
+        lines.append(_store(s, row, at, f"y_{row}", guards))
     return lines
 
 
@@ -317,8 +315,8 @@ def _products(s: VvmaKernel) -> list[str]:
         f"    z = tl.load(z_at + t * {k})",
         f"    y = tl.dot(z, tl.load(core_at + t * {k * k}), y{precise})",
         f"column = row[:, None] % {p} * {k} + a[None, :]",
-        *_bias(s, "", "column"),
-        *_finish(s, "y", ""),
+        *_bias(s, "column"),
+        *_finish(s, "y"),
         f"tl.store(Y + row[:, None] // {p} * {m} + column, y.to(tl.{s.dtype}), mask={mask})",
     ]
 
@@ -355,9 +353,7 @@ def launch(
     tensors = {"X": x, "CORE": core.contiguous(), "VECTORS": vectors.contiguous(), "BIAS": bias}
     for function, s in kernels:
         out = x.new_empty(
-            (batch, s.tiles[0], s.terms, s.block)
-            if s.stage == "sums"
-            else (batch, s.features[0])
+            (batch, s.tiles[0], s.terms, s.block) if s.stage == "sums" else (batch, s.features[0])
         )
         tensors["Z" if s.stage == "sums" else "Y"] = out
         numbers = {"batch": batch, "x_row": x.stride(0)}
@@ -381,11 +377,13 @@ def _overlaps(x: Tensor) -> bool:
     return not is_wrap_triton_enabled() and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
+@functools.cache
+def _loaded(site: VvmaSite, overlap: bool) -> tuple[tuple[Any, VvmaKernel], ...]:
+    return tuple((emit(s).load().kernel, s) for s in kernels_of(site, overlap=overlap))
+
+
 def _run(site: VvmaSite, x: Tensor, core: Tensor, vectors: Tensor, bias: Tensor | None) -> Tensor:
-    kernels = [
-        (torch.library.wrap_triton(emit(s).load().kernel), s)
-        for s in kernels_of(site, overlap=_overlaps(x))
-    ]
+    kernels = [(torch.library.wrap_triton(k), s) for k, s in _loaded(site, _overlaps(x))]
     return launch(kernels, x, core, vectors, bias)
 
 
@@ -394,6 +392,8 @@ def _accepts(site: VvmaSite) -> Decline | None:
         return Decline(f"tensors are {site.dtype}: float32, float16 or bfloat16 is needed")
     if site.block not in (16, 32, 64, 128, 256):
         return Decline(f"tiles of {site.block} lanes: a power of two from 16 to 256 is needed")
+    if site.block > 128 and not site.shared:
+        return Decline(f"own cores of {site.block} lanes do not fit in registers")
     if site.batch == 0:
         return Decline("more than 32 rows: sums over tiles use no tensor core, and no longer pay")
     return None

@@ -78,7 +78,7 @@ class VvmaSite:
             block=block,
             terms=terms,
             tiles=(p, q),
-            features=(out_features, x.shape[1]),
+            features=(out_features, int(x.shape[1])),  # weights fix it
             shared=core.dim() == 3,
             bias=bias is not None,
             activation=activation,
