@@ -135,10 +135,7 @@ def _check_readable(graph: Mapping[str, Any], optimized: OptimizedModule) -> Non
         try:
             decode_program(data, held, device)
         except ArtifactError as error:
-            raise ArtifactError(
-                f"the model cannot be saved as it is: {error} "
-                "(was it cast or changed after it was captured? optimize it in its final dtype)"
-            ) from error
+            raise ArtifactError(f"the model cannot be saved as it is: {error}") from error
 
 
 # Loading
@@ -312,7 +309,7 @@ def _plan(content: Mapping[str, bytes]) -> Plan:
                 (Path(folder) / name).write_bytes(content[name])
         try:
             return Plan.load(folder)
-        except PlanError as error:
+        except (PlanError, ValueError, RecursionError) as error:
             raise ArtifactError(f"the plan of the artifact is damaged: {error}") from error
 
 

@@ -40,8 +40,8 @@ _AGAIN = "copy it again from its source, or save it again"
 
 
 def canonical_json(value: Any) -> bytes:
-    """One text for one value, so that a changed byte cannot leave the value as it was."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    """The one text that is written for a value: what reads as the same value but differs is not."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -253,15 +253,18 @@ def _read_folder(path: Path) -> dict[str, bytes]:
 
 def _read_member(path: Path, folder: int, name: str, size: int | None) -> bytes:
     """A regular file of exactly `size` bytes (of at most the manifest's limit where None)."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+
+    def inside(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+
     try:
-        handle = os.open(name, flags, dir_fd=folder)
+        file = open(name, "rb", opener=inside)  # noqa: PTH123, SIM115  (Path.open has no opener)
     except OSError as error:
         raise ArtifactError(
             f"{path / name} cannot be opened ({error.strerror}): an artifact holds plain files only"
         ) from error
-    with os.fdopen(handle, "rb") as file:
-        state = os.fstat(handle)
+    with file:
+        state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
             raise ArtifactError(f"{path / name} is no plain file: an artifact holds nothing else")
         _check_size(f"{path / name}", state.st_size, size)
@@ -341,12 +344,16 @@ def _parse_manifest(data: bytes, path: Path) -> dict[str, tuple[int, str]]:
     digest = manifest.pop("sha256", None)
     if digest != _content_digest(manifest):
         raise ArtifactError(f"{where} is damaged: its hash differs; {_AGAIN}")
-    if manifest.get("schema") != SCHEMA:
+    if set(manifest) != {"schema", "fxpress", "files"}:
         raise ArtifactError(
-            f"{where} has schema {manifest.get('schema')!r}, this fxpress reads {SCHEMA}: "
-            f"use the version that wrote it ({manifest.get('fxpress')}), or save it again"
+            f"{where} has the fields {sorted(manifest)}: some are not of an artifact"
         )
-    files = manifest.get("files")
+    if manifest["schema"] != SCHEMA:
+        raise ArtifactError(
+            f"{where} has schema {manifest['schema']!r}, this fxpress reads {SCHEMA}: "
+            f"use the version that wrote it ({manifest['fxpress']}), or save it again"
+        )
+    files = manifest["files"]
     if not isinstance(files, dict) or not _REQUIRED <= set(files) <= _KNOWN:
         listed = sorted(files) if isinstance(files, dict) else files
         raise ArtifactError(f"{where} lists {listed}: an artifact holds {sorted(_REQUIRED)}")

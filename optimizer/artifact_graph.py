@@ -136,6 +136,13 @@ def _encode_attributes(
                 f"{node.name} reads {target!r}, a {type(value).__name__}: "
                 "only tensors under plain names can be saved"
             )
+        captured = node.meta["val"]
+        if (value.dtype, value.shape) != (captured.dtype, captured.shape):
+            raise ArtifactError(
+                f"{target} was captured as {captured.dtype} {tuple(captured.shape)} and is now "
+                f"{value.dtype} {tuple(value.shape)}: bring the model into its final form, then "
+                "optimize it"
+            )
         prefix, _, name = target.rpartition(".")
         owner = program.graph_module.get_submodule(prefix)
         full = f"{program.path}.{target}".lstrip(".")
