@@ -89,7 +89,8 @@ def _power_of_two(size: int) -> int:
 def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ...]:
     """The kernels that serve a site, in the order of their launches."""
     p, q = site.tiles
-    width = min(_power_of_two(q), 8192 // site.block)
+    rows = 1 if site.batch == 1 else 2 if site.batch <= 8 else 4
+    width = min(_power_of_two(q), 8192 // site.block, 16384 // (site.block * rows))
     one = VvmaKernel(
         stage="whole",
         dtype=_DTYPES[site.dtype],
@@ -100,7 +101,7 @@ def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ..
         shared=site.shared,
         bias=site.bias,
         activation=site.activation,
-        rows=1 if site.batch == 1 else 2 if site.batch <= 8 else 4,
+        rows=rows,
         width=width,
         overlap=overlap,
         warps=8 if max(width, site.block) * site.block > 4096 else 4,

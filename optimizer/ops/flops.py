@@ -46,7 +46,7 @@ def vvma_linear(x: Any, _core: Any, vectors: Any, *_: Any, **_out: Any) -> int:
 
 
 def vvma_linear_backward(
-    _grad: Any, x: Any, core: Any, vectors: Any, _bias: Any, activation: Any, *_: Any, **_out: Any
+    _grad: Any, x: Any, _core: Any, vectors: Any, _bias: Any, activation: Any, *_: Any, **_out: Any
 ) -> int:
     """Both stages for both of their factors; sums again, and products where an activation asks."""
     terms, p, q, block = vectors
