@@ -104,7 +104,8 @@ def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ..
         rows=rows,
         width=width,
         overlap=overlap,
-        warps=8 if max(width, site.block) * site.block > 4096 else 4,
+        # Sums that are carried from step to step take registers for each row.
+        warps=8 if max(width * (rows if q > width else 1), site.block) * site.block > 4096 else 4,
     )
     if not site.shared or (site.terms <= 2 and site.block <= 128):
         return (one,)

@@ -85,7 +85,7 @@ def test_is_the_best_of_each_lane(terms: int, share: str) -> None:
 
 
 def test_no_small_change_of_the_factors_is_better() -> None:
-    weight, moment = torch.randn(20, 24).double(), torch.rand(24).double() + 0.1
+    weight, moment = torch.randn(32, 24).double(), torch.rand(24).double() + 0.1
     fit = fit_vvma(weight, 8, 2, second_moment=moment)
     leaves = [fit.core.requires_grad_(), fit.vectors.requires_grad_()]
     error = ((weight - fit.to_dense()).square() * moment).sum()
