@@ -222,10 +222,11 @@ def _user_frame(error: BaseException) -> str:
 
 
 def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    if any(mutates(node) for node in exported.graph.nodes):
-        exported = exported.run_decompositions({})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of torch's own types, which it copies
+        if any(mutates(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
+            _reshape_views(exported.graph)
         unlifted = exported.module(check_guards=False)
     # The unlifted module refuses `.train()`, even when a parent calls it; a plain one does not.
     module = fx.GraphModule(unlifted, unlifted.graph)
@@ -236,6 +237,16 @@ def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Undo what decompositions make of `reshape`: a view that fits the strides of this one call.
+
+    With gradients asked for, attention may run another kernel, whose output lies differently.
+    """
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def _strip(graph: fx.Graph) -> None:

@@ -238,9 +238,9 @@ class MaskFactors:
     """A mask of attention, taken apart.
 
     Attributes:
-        is_causal: its constant factors amount to causality, aligned at the first row.
-        rest: what remains: nodes that broadcast to (B, H, Nq, Nk), boolean (True = kept) or
-            additive.
+        is_causal: its constant factors keep no key after its row, aligned at the first row.
+        rest: what remains beside causality: nodes that broadcast to (B, H, Nq, Nk), boolean (True =
+            kept) or additive; the whole mask where the constants do more than causality.
     """
 
     is_causal: bool
@@ -263,15 +263,17 @@ def mask_factors(program: Program, mask: fx.Node, shape: tuple[int, int]) -> Mas
     parts = _conjuncts(program, mask) if _is_bool(mask) else _addends(program, mask)
     now = Constants(program)
     fixed = [part for part in parts if now.value(part) is not None]
-    causal = bool(fixed) and _all_causal(fixed, now, shape)
-    if causal and _is_dynamic(mask):
+    kept = [_kept_by_all(fixed, now, shape)]
+    if _is_dynamic(mask):
         # A window wider than the captured size looks causal at that size: look beyond it.
         reach = _largest_literal(mask)
-        sizes_to_try = [Constants(program, growth=g) for g in (1, reach + 1)]
-        causal = reach <= _FARTHEST and all(_all_causal(fixed, c, None) for c in sizes_to_try)
-    if not causal:
+        growths = (1, reach + 1) if reach <= _FARTHEST else ()
+        kept += [_kept_by_all(fixed, Constants(program, growth=g), None) for g in growths] or [None]
+    if not all(cells is not None and _looks_back(cells.open) for cells in kept):
         return MaskFactors(False, (mask,))
-    return MaskFactors(True, tuple(part for part in parts if part not in fixed))
+    if all(cells is not None and cells.is_plain_causality for cells in kept):
+        return MaskFactors(True, tuple(part for part in parts if part not in fixed))
+    return MaskFactors(True, (mask,))
 
 
 def _largest_literal(mask: fx.Node) -> int:
@@ -344,28 +346,51 @@ def _where_parts(program: Program, mask: fx.Node) -> list[fx.Node]:
     return [mask]
 
 
-def _all_causal(
+@dataclass(frozen=True)
+class _Cells:
+    """What constant factors together do to the cells (..., Nq, Nk).
+
+    Attributes:
+        open: cells that they keep.
+        is_plain: whether they do no more than keep and drop.
+    """
+
+    open: Tensor
+    is_plain: bool
+
+    @property
+    def is_plain_causality(self) -> bool:
+        """Whether every key at or before its row is kept as it is, and no other."""
+        return self.is_plain and bool((self.open == _lower_triangle(self.open)).all())
+
+
+def _kept_by_all(
     fixed: Iterable[fx.Node], constants: Constants, shape: tuple[int, int] | None
-) -> bool:
-    """Whether constant factors together keep exactly the keys at or before each row."""
-    together: Tensor | None = None
+) -> _Cells | None:
+    """Cells that all factors keep; None where they are no mask of this shape."""
+    together, is_plain = None, True
     for part in fixed:
         value = constants.value(part)
-        kept = _kept(value) if isinstance(value, Tensor) else None
-        if kept is None:
-            return False
+        if not isinstance(value, Tensor):
+            return None
+        kept = value if value.dtype == torch.bool else ~_closed(value)
+        is_plain &= value.dtype == torch.bool or bool(((value == 0) | ~kept).all())
         together = kept if together is None else together & kept
     if together is None or together.ndim < 2:
-        return False
+        return None
     if shape is not None and tuple(together.shape[-2:]) != shape:
-        return False
-    causal = torch.ones(together.shape[-2:], dtype=torch.bool, device=together.device).tril()
-    return bool((together == causal).all())
+        return None
+    return _Cells(together, is_plain)
 
 
-def _kept(value: Tensor) -> Tensor | None:
-    """Which cells a constant keeps; None where it does more than open and close."""
-    if value.dtype == torch.bool:
-        return value
-    closed = value <= max(torch.finfo(value.dtype).min / 2, _CLOSED)
-    return ~closed if bool(((value == 0) | closed).all()) else None
+def _closed(value: Tensor) -> Tensor:
+    return value <= max(torch.finfo(value.dtype).min / 2, _CLOSED)
+
+
+def _lower_triangle(cells: Tensor) -> Tensor:
+    return torch.ones(cells.shape[-2:], dtype=torch.bool, device=cells.device).tril()
+
+
+def _looks_back(kept: Tensor) -> bool:
+    """Whether no key after its row is kept."""
+    return not bool((kept & ~_lower_triangle(kept)).any())

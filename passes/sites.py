@@ -37,9 +37,10 @@ class AttentionSite:
         k: keys (B, Hkv, Nk, D).
         v: values (B, Hkv, Nk, Dv).
         mask: the mask argument, or None.
-        padding: what is left of the mask where causality is split off it; broadcasts to
-            (B, H, Nq, Nk); boolean or additive.
-        is_causal: by flag, or by a constant factor of the mask; aligned at the first row.
+        padding: what is left of the mask where causality is split off it, the whole mask where that
+            is more than one factor; broadcasts to (B, H, Nq, Nk); boolean or additive.
+        is_causal: by flag, or because constant factors of the mask drop all keys after their row;
+            aligned at the first row.
         scale: of the scores.
         heads: H.
         shape: (B, H, Hkv, Nq, Nk, D, Dv); dynamic sizes as captured.
@@ -131,8 +132,9 @@ def _attention_site(
     padding = None
     if mask is not None and not is_causal:
         parts = factors(mask, (queries, keys))
-        if parts.is_causal and len(parts.rest) <= 1:
-            is_causal, padding = True, next(iter(parts.rest), None)
+        if parts.is_causal:
+            is_causal = True
+            padding = mask if len(parts.rest) > 1 else next(iter(parts.rest), None)
     return AttentionSite(
         name=name,
         node=node,
@@ -186,16 +188,30 @@ def _projected(node: fx.Node) -> fx.Node | None:
     return source if peel(weight, RESHAPES).op == "get_attr" else None
 
 
+def _linear_calls() -> set[Any]:
+    """Linear maps, and what becomes of them where those operators are defined."""
+    packets = (getattr(torch.ops.fxpress, n, None) for n in ("vvma_linear", "low_rank_linear"))
+    return {aten.linear.default, *(p.default for p in packets if p is not None)}
+
+
 def linear_sites(program: Program) -> list[LinearSite]:
-    """Every `aten.linear` by a weight of the model, in graph order."""
+    """Every `aten.linear` by a weight of the model, in graph order.
+
+    A map that was factored is no site any more, but counts for the names.
+    """
     found: list[LinearSite] = []
     names = _Names(program)
-    for node in program.calls(aten.linear.default):
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in _linear_calls():
+            continue
+        name = names.next(node)
+        if node.target is not aten.linear.default:
+            continue
         source, weight = node.args[:2]
         assert isinstance(source, fx.Node)
         assert isinstance(weight, fx.Node)
         if weight.op == "get_attr":
             m, n = sizes(weight)
             tokens = math.prod(sizes(source)[:-1])
-            found.append(LinearSite(names.next(node), node, str(weight.target), (m, n), tokens))
+            found.append(LinearSite(name, node, str(weight.target), (m, n), tokens))
     return found

@@ -32,9 +32,6 @@ few = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-# Torch's own, from the decompositions that capture runs where a model mutates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
 
 def apply(kind: type[Pass], program: Program) -> PassRecord:
     """Run a pass with its defaults and no decisions: those that need some change nothing."""

@@ -16,8 +16,11 @@ from fxpress.ops.mask_layout import compile_mask
 from fxpress.ops.sparse_attention import sparse_attention
 from fxpress.passes import all_passes
 from fxpress.passes.dataflow import Constants, constant_value, is_noop, mask_factors
+from fxpress.passes.prune_attention import PruneAttention
 from fxpress.passes.sites import AttentionSite, attention_sites, linear_sites
 from fxpress.program import Program
+from fxpress.rewrite import PassContext
+from fxpress.testing import assert_equivalent
 
 aten = torch.ops.aten
 
@@ -92,8 +95,15 @@ CAUSAL: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "bias_inside": (lambda x: torch.where(tril(x.shape[1]), x[:, None, :, :1], -torch.inf), True),
 }
 
-NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
+# What lies within causality without being all of it: the whole mask remains beside it.
+WITHIN: dict[str, Callable[[Tensor], Tensor]] = {
     "band": lambda x: tril(x.shape[1]).triu(-1),
+    "band_with_padding": lambda x: tril(x.shape[1]).triu(-1) & padding(x),
+    "slope": lambda x: additive(tril(x.shape[1])) - torch.arange(x.shape[1]).flip(0),
+    "two_remainders": lambda x: tril(x.shape[1]) & padding(x) & (x[:, None, :, :1] > -9),
+}
+
+NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
     "one_later": lambda x: torch.ones(x.shape[1], x.shape[1]).tril(1) > 0,
     "padding": padding,
     "causal_in_one_element": lambda x: torch.stack([tril(5), tril(5), tril(5) | True])[:, None],
@@ -110,6 +120,19 @@ def test_causality_is_recognized_by_value(name: str) -> None:
     assert site.kind == "causal"
     assert site.mask is not None
     assert (site.padding is not None) == remains
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_lies_within_causality_keeps_its_whole_mask(name: str) -> None:
+    model = Masked(WITHIN[name]).eval()
+    program = capture(model, (X,))
+    site = only(program)
+    assert site.kind == "causal"
+    assert site.is_causal
+    assert site.padding is site.mask is site.node.args[3]
+    decisions = {site.name: {"mask": tril(X.shape[1]).expand(site.heads, -1, -1)}}
+    assert PruneAttention().run(program, PassContext(decisions=decisions)).rewrites
+    assert_equivalent(program, model, (X,))
 
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)
@@ -140,14 +163,10 @@ def test_causal_at_one_size_only_is_not_causal() -> None:
     assert not site.is_causal
 
 
-def test_more_than_one_remainder_is_not_split() -> None:
-    def mask(x: Tensor) -> Tensor:
-        return tril(x.shape[1]) & padding(x) & (x[:, None, :, :1] > -9)
-
-    program = capture(Masked(mask).eval(), (X,))
+def test_factors_beside_causality_are_told_apart() -> None:
+    program = capture(Masked(WITHIN["two_remainders"]).eval(), (X,))
     node = next(program.calls(aten.scaled_dot_product_attention.default))
     assert len(mask_factors(program, node.args[3], (5, 5)).rest) == 2  # type: ignore[arg-type]
-    assert not only(program).is_causal
 
 
 def test_facts_of_a_call() -> None:
@@ -310,8 +329,8 @@ class Windowed(nn.Module):
         return F.scaled_dot_product_attention(x, x, x, attn_mask=near)
 
 
-def test_a_window_wider_than_the_captured_size_is_not_causal() -> None:
+def test_a_window_wider_than_the_captured_size_stays_a_mask() -> None:
     x = torch.randn(2, 2, 8, 4)
     dynamic = {"x": {2: torch.export.Dim("tokens", min=2, max=64)}}
     program = capture(Windowed(), (x,), dynamic_shapes=dynamic)
-    assert [site.is_causal for site in attention_sites(program)] == [False]
+    assert only(program).padding is only(program).mask is not None
