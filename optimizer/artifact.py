@@ -7,6 +7,7 @@ listed operators only. Kernels are generated again and compared with the saved h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import tempfile
@@ -167,9 +168,11 @@ def load(
     content = files.read(path)
     graph = parse_json(content[files.GRAPH], f"{path}: {files.GRAPH}")
     kind, programs, failures, host, records, kernels = fields(graph, _GRAPH, f"{path}: graph.json")
-    where, notes = _device(kind, device)
-    tensors = load_tensors(records, content.pop(files.TENSORS), where)
-    captured = _captured(programs, failures, tensors, where, model, path)
+    with _blamed(path):
+        where, notes = _device(kind, device)
+        tensors = load_tensors(records, content.pop(files.TENSORS), where)
+        decoded = [decode_program(data, tensors, where) for data in programs]
+    captured = _captured(decoded, failures, model, path)
     notes += _kernel_notes(captured, kernels)
     layouts = _layouts(captured)
     report = _report(content[files.REPORT], layouts, notes, path)
@@ -184,7 +187,7 @@ def load(
     optimized = OptimizedModule(
         captured,
         passes=_records(report.facts, layouts),
-        plan=_plan(content),
+        plan=_plan(content, path),
         report=report,
         original=model,
         rebuild=rebuild,
@@ -213,15 +216,19 @@ def _device(kind: str, wanted: torch.device | str | None) -> tuple[torch.device,
     return torch.device(kind), []
 
 
+@contextlib.contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: {error}; it was altered, or written by a newer fxpress: save it again"
+        ) from error
+
+
 def _captured(
-    programs: list[Any],
-    failures: list[Any],
-    tensors: Mapping[str, Tensor],
-    device: torch.device,
-    model: nn.Module | None,
-    path: Path,
+    decoded: list[Program], failures: list[Any], model: nn.Module | None, path: Path
 ) -> CapturedModel:
-    decoded = [decode_program(data, tensors, device) for data in programs]
     by_path = {program.path: program for program in decoded}
     if not decoded or len(by_path) < len(decoded) or ("" in by_path and len(decoded) > 1):
         raise ArtifactError(f"{path}: its graphs {sorted(by_path)} are no model")
@@ -301,7 +308,7 @@ def _report(data: bytes, layouts: Mapping[str, MaskLayout], notes: list[str], pa
     return Report(facts, _DenseMasks(layouts))
 
 
-def _plan(content: Mapping[str, bytes]) -> Plan:
+def _plan(content: Mapping[str, bytes], path: Path) -> Plan:
     # Plans are read from folders; these are the bytes whose hashes were compared.
     with tempfile.TemporaryDirectory() as folder:
         for name in (files.PLAN, files.PLAN_TENSORS):
@@ -310,7 +317,7 @@ def _plan(content: Mapping[str, bytes]) -> Plan:
         try:
             return Plan.load(folder)
         except (PlanError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"the plan of the artifact is damaged: {error}") from error
+            raise ArtifactError(f"{path}: the plan is damaged: {error}") from error
 
 
 @dataclass(frozen=True)

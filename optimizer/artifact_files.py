@@ -258,7 +258,7 @@ def _read_member(path: Path, folder: int, name: str, size: int | None) -> bytes:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
 
     try:
-        file = open(name, "rb", opener=inside)  # noqa: PTH123, SIM115  (Path.open has no opener)
+        file = open(name, "rb", opener=inside)  # noqa: SIM115  (Path.open has no opener)
     except OSError as error:
         raise ArtifactError(
             f"{path / name} cannot be opened ({error.strerror}): an artifact holds plain files only"

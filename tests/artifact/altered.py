@@ -20,7 +20,7 @@ def sha256(data: bytes) -> str:
 
 
 class Altered:
-    """Reads the files of an artifact, changes them, and writes it back with or without new seals."""
+    """The files of an artifact, to be changed and written back, with or without new seals."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
