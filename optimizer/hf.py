@@ -92,7 +92,7 @@ def _detach(model: nn.Module) -> None:
 
 def _exchange(model: nn.Module, *, attached: bool) -> None:
     """Let every model inside name our attention function, or its own again."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = [c for c in configs if getattr(c, "_attn_implementation", None)]
     if not configs:
         raise PlanError("the model has no transformers attention to attach to")
@@ -174,5 +174,5 @@ def _dense(own: str, module: nn.Module) -> Any:
     from transformers import AttentionInterface
 
     if own == "eager":  # each of transformers' modules has its own
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        return sys.modules[type(module).__module__].eager_attention_forward
     return AttentionInterface()[own]

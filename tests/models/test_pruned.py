@@ -76,9 +76,7 @@ def test_pruned_blocks_equal_the_masked_reference(
 class CountSoftmaxes(TorchDispatchMode):
     """Counts softmaxes over (B, H, Nq, Nk): what attention in eager form cannot do without."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,0 +1,55 @@
+"""Every model of the zoo, optimized with no room for error: nothing is changed, and it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fxpress
+from fxpress import zoo
+from fxpress.testing import assert_equivalent
+from fxpress.zoo import registry
+from fxpress.zoo.pretrained import DownloadError
+
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.pretrained] if registry.entry(name).has_weights else [])
+    for name in zoo.list_models()
+]
+
+
+def sample(name: str) -> Any:
+    """A batch of the zoo's own samples; of texts for causal models the beginning."""
+    batch = registry.entry(name).calibration(None, 1)[0]
+    if name == "smollm2":
+        return {"input_ids": batch["input_ids"][:, :64], "use_cache": False}
+    if name == "whisper-tiny":
+        return batch | {"use_cache": False}
+    return batch[:, :16] if name.endswith("-lm") else batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
+    try:
+        model = zoo.create_model(name, pretrained=registry.entry(name).has_weights)
+    except DownloadError as error:
+        pytest.skip(str(error))
+    batch = sample(name)
+    o = fxpress.optimize(model, [batch], max_divergence=0.0)
+    assert not o.report.as_dict()["changed"]
+    assert "nothing was changed: the outputs are the original's" in str(o.report)
+    assert not o.passes["prune-attention"].rewrites
+    has_attention = bool(o.report.as_dict()["sites"])
+    assert has_attention == bool(o.passes["prune-attention"].rolled_back)
+    args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
+    assert_equivalent(o, model, args, kwargs)
+
+
+def test_the_command_line_runs_a_model_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    from fxpress.cli import main
+
+    command = "optimize --model zoo:transformer-lm --batches 4 --judge modelled --json"
+    with pytest.raises(SystemExit) as exit_:
+        main(command.split())
+    assert exit_.value.code == 0
+    assert '"model": "TransformerLM"' in capsys.readouterr().out
