@@ -100,6 +100,6 @@ def test_every_attention_is_recognised(name: str) -> None:
     assert all(site.recognised for site in found)
     assert Counter(site.kind for site in found) == SITES[name]
     model.set_attn_implementation("eager")
-    with torch.no_grad(), CountSoftmaxes() as softmaxes:
+    with torch.no_grad(), CountSoftmaxes() as softmaxes:  # type: ignore[no-untyped-call]
         model(**batch)
     assert len(found) == softmaxes.count
