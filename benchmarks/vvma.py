@@ -93,7 +93,7 @@ def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def draw(*shape: int, fan: int) -> Tensor:
     """Weights that keep the scale of what they are applied to."""
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * fan**-0.5
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(fan**-0.5)
 
 
 def dense(size: int) -> list[Layer]:
@@ -171,7 +171,8 @@ def site(row: Row, weights: Factors) -> VvmaSite:
 def ours(row: Row, weights: Factors, x: Tensor) -> dict[str, Any]:
     """The operator as a user calls it."""
     got = vvma_linear(x, *weights[0]).double()
-    want = vvma_reference(x.double(), *(w.double() for w in weights[0]))
+    core, vectors = (w.double() for w in weights[0])
+    want = vvma_reference(x.double(), core, vectors)
     error = float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
     if error > 0.02:
         raise AssertionError(f"{row}: relative error {error:.3g} against the reference")
@@ -192,9 +193,9 @@ def candidates(kernels: tuple[VvmaKernel, ...]) -> Iterator[tuple[VvmaKernel, ..
         (r, w, n) for r, w, n in itertools.product(rows, (base.width, base.width // 2), (2, 4, 8))
     ]
     for overlap, (row, width, warps) in itertools.product((True, False), sizes):
-        options = {"rows": row, "width": width, "warps": warps, "overlap": overlap}
+        options: Any = {"rows": row, "width": width, "warps": warps, "overlap": overlap}
         if terms <= 4:
-            yield (replace(whole, **options),)  # type: ignore[arg-type]
+            yield (replace(whole, **options),)
     for row, width, warps in sizes if terms > 1 else []:
         first = replace(sums, rows=row, width=width, warps=warps, overlap=True)
         for columns, stages in ((16, 3), (8, 3), (32, 4)):
@@ -210,8 +211,8 @@ def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[st
             break
         loaded = [(emit(s).load().kernel, s) for s in specs]
 
-        def layer(x: Tensor, *weights: Tensor, loaded: Any = loaded) -> Tensor:
-            return launch(loaded, x, *weights, None)  # type: ignore[call-arg, arg-type]
+        def layer(x: Tensor, core: Tensor, vectors: Tensor, loaded: Any = loaded) -> Tensor:
+            return launch(loaded, x, core, vectors, None)
 
         chained = partial(chain, [_apply(layer, *pair) for pair in weights], x)
         kept = ("stage", "rows", "width", "warps", "stages", "overlap")

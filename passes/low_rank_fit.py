@@ -2,10 +2,10 @@
 
     W ~ U D,    U (m, r), D (r, n),    least tr((W - U D) H (W - U D)')
 
-With H the second moment of the inputs, U is the leading eigenvectors of W H W' (m, m), and the best D on
-an orthonormal U is U' W whatever H is: H is never inverted, so it may be singular. Where m > n the same
-space is found from the n x n side. H = 1 gives the plain truncated decomposition (Eckart & Young 1936); weighting
-by H is as in ASVD and SVD-LLM.
+With H the second moment of the inputs, U is the leading eigenvectors of W H W' (m, m), and the best
+D on an orthonormal U is U' W whatever H is: H is never inverted, so it may be singular. Where m > n
+the same space is found from the n x n side. H = 1 gives the plain truncated decomposition (Eckart &
+Young 1936); weighting by H is as in ASVD and SVD-LLM.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def _root(moment: Tensor | None, weight: Tensor) -> Tensor:
     if moment.dim() == 1:
         return weight * moment.sqrt()
     values, vectors = torch.linalg.eigh(moment)
-    return weight @ (vectors * values.clamp_min(0).sqrt())  # a root up to a rotation
+    root: Tensor = vectors * values.clamp_min(0).sqrt()  # up to a rotation
+    return weight @ root
 
 
 def _range(matrix: Tensor, rank: int) -> Tensor:

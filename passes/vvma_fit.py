@@ -2,21 +2,23 @@
 
     W_ij ~ sum_t M_t diag(v_tij)    tiles (i, j) of k x k, r terms
 
-Lane c of a tile is its column c. Column c of all tiles, stacked, is a matrix A_c (tiles x k), and the form
-says that A_c has rank r: its rows are sum_t v_tij[c] M_t[:, c]. So the best fit is k independent truncated
-singular value decompositions, exact at r = k. Only right singular vectors are needed, from the k x k
-Gram matrix A_c' A_c: the core is orthonormal, and the best vectors on it are A_c M. What squaring loses
-of singular values below 1e-8 of the largest is below the rounding of the weight.
+Lane c of a tile is its column c. Column c of all tiles, stacked, is a matrix A_c (tiles x k), and
+the form says that A_c has rank r: its rows are sum_t v_tij[c] M_t[:, c]. So the best fit is k
+independent truncated singular value decompositions, exact at r = k. Only right singular vectors are
+needed, from the k x k Gram matrix A_c' A_c: the core is orthonormal, and the best vectors on it are
+A_c M. What squaring loses, singular values below 1e-8 of the largest, is below the rounding of the
+weight.
 
-The error that counts is that of the outputs, tr((W - W') H (W - W')'), with H the second moment of the
-inputs. Within a lane any H keeps the form: with H_cc (q x q) the moment between the inputs (j, c) and (j', c),
-the Gram matrix becomes sum_i A_ci H_cc A_ci', and the vectors stay A_c M. Moments between lanes do not keep
-it. With a full H the lanes are therefore fitted one after another, each to what is exactly its best target
-given the error of the others, W_c + (sum over other lanes of E_d H_dc) H_cc^-1: block coordinate descent,
-each step the closed form, so that no sweep after the first raises the error.
+The error that counts is that of the outputs, tr((W - W') H (W - W')'), with H the second moment of
+the inputs. Within a lane any H keeps the form: with H_cc (q x q) the moment between the inputs
+(j, c) and (j', c), the Gram matrix becomes sum_i A_ci H_cc A_ci', and the vectors stay A_c M.
+Moments between lanes do not keep it. With a full H the lanes are therefore fitted one after
+another, each to what is exactly its best target given the error of the others,
+W_c + (sum over other lanes of E_d H_dc) H_cc^-1: block coordinate descent, each step the closed
+form, so that no sweep after the first raises the error.
 
-Sources: VVMA is Khoury et al. 2020; the fit is derived here (docstring above), and passing errors on to later
-inputs is as in OBQ and GPTQ (Frantar & Alistarh 2022).
+Sources: VVMA is Khoury et al. 2020; the fit is derived here, and passing errors on to later inputs
+is as in OBQ and GPTQ (Frantar et al. 2022).
 """
 
 from __future__ import annotations
@@ -120,13 +122,16 @@ def _lanes(matrix: Tensor, block: int) -> Tensor:
 
 
 def _gram(weighted: Tensor, lane: Tensor, rowwise: bool) -> Tensor:
-    """sum of weighted lane' over input tiles, and over output pieces unless each has its core."""
+    """Sum weighted lane' over input tiles, and over output pieces unless each has its core."""
     gram = weighted @ lane.mT
     return gram if rowwise else gram.sum(-3, keepdim=True)
 
 
 def _separate(lanes: Tensor, weights: Tensor, terms: int, rowwise: bool) -> tuple[Tensor, Tensor]:
-    """Fit lanes (k, p, k, q) under weights (k, q), all apart: core (k, p or 1, k, r), v (k, p, r, q)."""
+    """Fit lanes (k, p, k, q), each by itself, under weights (k, q).
+
+    Returns cores (k, p or 1, k, r) and vectors (k, p, r, q).
+    """
     cores, vectors = [], []
     for part, weight in zip(
         lanes.split(_LANES_AT_ONCE), weights.split(_LANES_AT_ONCE), strict=True

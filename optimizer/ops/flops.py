@@ -39,24 +39,28 @@ def sparse_attention_backward(
     return 2 * int(q[0]) * LayoutSpec.parse(spec).computed * int(3 * q[-1] + 2 * v[-1])
 
 
+def _rows(x: Any) -> int:
+    return int(prod(x[:-1]))
+
+
 def vvma_linear(x: Any, _core: Any, vectors: Any, *_: Any, **_out: Any) -> int:
     """Two per multiply-add, for each row: of every vector, and of a core per term and piece."""
-    terms, p, q, block = vectors
-    return 2 * prod(x[:-1]) * terms * p * block * (q + block)
+    terms, p, q, block = (int(size) for size in vectors)
+    return 2 * _rows(x) * terms * p * block * (q + block)
 
 
 def vvma_linear_backward(
     _grad: Any, x: Any, _core: Any, vectors: Any, _bias: Any, activation: Any, *_: Any, **_out: Any
 ) -> int:
     """Both stages for both of their factors; sums again, and products where an activation asks."""
-    terms, p, q, block = vectors
+    terms, p, q, block = (int(size) for size in vectors)
     sums, products = 3 * q, (2 if activation is None else 3) * block
-    return 2 * prod(x[:-1]) * terms * p * block * (sums + products)
+    return 2 * _rows(x) * terms * p * block * (sums + products)
 
 
 def low_rank_linear(x: Any, down: Any, up: Any, *_: Any, **_out: Any) -> int:
     """Two per multiply-add of both products."""
-    return 2 * prod(x[:-1]) * int(down[0]) * int(down[1] + up[0])
+    return 2 * _rows(x) * int(down[0]) * int(down[1] + up[0])
 
 
 def low_rank_linear_backward(
@@ -64,7 +68,7 @@ def low_rank_linear_backward(
 ) -> int:
     """Both products for both of their factors; the first again, the second for an activation."""
     (rank, n), m = down, up[0]
-    return 2 * prod(x[:-1]) * int(rank) * int(3 * n + (2 if activation is None else 3) * m)
+    return 2 * _rows(x) * int(rank) * int(3 * n + (2 if activation is None else 3) * m)
 
 
 for _formula in (

@@ -28,7 +28,7 @@ class _Drawn:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int, fan: int = 1) -> Tensor:
-        drawn = torch.randn(*shape, generator=self.generator) * fan**-0.5
+        drawn: Tensor = torch.randn(*shape, generator=self.generator) * float(fan) ** -0.5
         return drawn.to(self.device, self.dtype)
 
 

@@ -2,8 +2,9 @@
 
     y = act(U (D x) + b),    D (rank, n), U (m, rank)
 
-Two dense products, rank (m + n) multiply-adds: the alternative to `vvma_linear` at equal bytes, and the
-better one on weights that were not trained for that form. PyTorch's own products serve it everywhere.
+Two dense products, rank (m + n) multiply-adds: the alternative to `vvma_linear` at equal bytes, and
+the better one on weights that were not trained for that form. PyTorch's own products serve it
+everywhere.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.errors import LoweringError
-from fxpress.ops.activations import ACTIVATIONS, activate, activation_gradient
+from fxpress.ops.activations import activate, activation_gradient
 from fxpress.ops.define import define
+from fxpress.ops.linear_checks import operand_problem
 
 __all__ = ["low_rank_linear", "low_rank_reference"]
 
@@ -76,22 +78,11 @@ define(f"{_OPERATOR}_backward", _backward, _backward_fake)
 define(_OPERATOR, _forward, _fake).register_autograd(_gradients, setup_context=_save)
 
 
-def _problem(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str | None
-) -> str:
-    tensors = [x, down, up, *([] if bias is None else [bias])]
+def _problem(x: Tensor, down: Tensor, up: Tensor) -> str:
     if x.dim() < 1 or down.dim() != 2 or up.dim() != 2:
         return "x is (..., n), down (rank, n), up (m, rank)"
-    if not x.is_floating_point() or len({t.dtype for t in tensors}) > 1:
-        return f"all have one floating dtype, not {', '.join(str(t.dtype) for t in tensors)}"
-    if len({t.device for t in tensors}) > 1:
-        return f"all are on one device, not {', '.join(str(t.device) for t in tensors)}"
     if x.shape[-1] != down.shape[1] or down.shape[0] != up.shape[1]:
         return "down takes the features of x, and up those of down"
-    if bias is not None and tuple(bias.shape) != (up.shape[0],):
-        return f"bias is ({up.shape[0]},)"
-    if activation is not None and activation not in ACTIVATIONS:
-        return f"activation is None or one of {', '.join(ACTIVATIONS)}, not {activation!r}"
     return ""
 
 
@@ -113,7 +104,8 @@ def low_rank_linear(
     Raises:
         LoweringError: if shapes, dtypes or devices do not fit together.
     """
-    if problem := _problem(x, down, up, bias, activation):
+    problem = _problem(x, down, up)
+    if problem := problem or operand_problem(x, (down, up), bias, up.shape[0], activation):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, down, up))
         raise LoweringError(f"low_rank_linear: {problem}; got x, down, up {shapes}")
     y: Tensor = torch.ops.fxpress.low_rank_linear(x, down, up, bias, activation)

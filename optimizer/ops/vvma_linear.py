@@ -2,10 +2,11 @@
 
     y_i = act(sum_t M_t z_ti + b_i),    z_ti = sum_j v_tij * x_j
 
-x and y are cut into q and p pieces of k lanes; the weight's tile (i, j) is sum_t M_t diag(v_tij), with
-r cores M_t (k, k) that all tiles share and a vector v_tij (k,) per tile and term. By linearity the
-vectors are summed first and each core multiplies once per output piece: r (mn/k + mk) multiply-adds
-where a dense m x n weight takes mn. With `core` (p, r, k, k) each output piece has cores of its own.
+x and y are cut into q and p pieces of k lanes; the weight's tile (i, j) is sum_t M_t diag(v_tij),
+with r cores M_t (k, k) that all tiles share and a vector v_tij (k,) per tile and term. By linearity
+the vectors are summed first and each core multiplies once per output piece: r (mn/k + mk)
+multiply-adds where a dense m x n weight takes mn. With `core` (p, r, k, k) each output piece has
+cores of its own.
 
 Source: Khoury et al. 2020 (VVMA), with r terms. On CUDA a generated kernel serves small batches
 (`fxpress.lowering`); elsewhere z is summed row by row or as a batched product per lane.
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from fxpress import lowering
 from fxpress.errors import LoweringError
-from fxpress.ops.activations import ACTIVATIONS, activate, activation_gradient
+from fxpress.ops.activations import activate, activation_gradient
 from fxpress.ops.define import define
+from fxpress.ops.linear_checks import operand_problem
 
 __all__ = ["VvmaSite", "vvma_linear", "vvma_reference"]
 
@@ -124,7 +126,7 @@ def _per_lane(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor, vectors: Tensor) -> Tensor:
-    """z (B, r, p, k) of x (B, q, k), in the cheaper form."""
+    """Return z (B, r, p, k) of x (B, q, k), in the cheaper form."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and vectors.is_contiguous()
     if plain and 1 <= x.shape[0] <= 4:
         z = torch.stack([_one_row(row, vectors) for row in x])
@@ -244,7 +246,7 @@ def vvma_reference(
     out_features: int | None = None,
 ) -> Tensor:
     """`vvma_linear` as two plain contractions, in the dtype of its arguments."""
-    terms, p, q, block = vectors.shape
+    _, _, q, block = vectors.shape
     pieces = F.pad(x, (0, q * block - x.shape[-1])).unflatten(-1, (q, block))
     z = torch.einsum("...qc,rpqc->...rpc", pieces, vectors)
     y = torch.einsum(f"...rpc,{'rac' if core.dim() == 3 else 'prac'}->...pa", z, core)
@@ -258,27 +260,16 @@ def _size(vectors: Tensor, bias: Tensor | None, out_features: int | None) -> int
     return vectors.shape[1] * vectors.shape[3] if bias is None else bias.shape[0]
 
 
-def _problem(
-    x: Tensor, core: Tensor, vectors: Tensor, bias: Tensor | None, activation: str | None, m: int
-) -> str:
+def _problem(x: Tensor, core: Tensor, vectors: Tensor, m: int) -> str:
     if vectors.dim() != 4 or core.dim() not in (3, 4) or x.dim() < 1:
         return "core is (r, k, k) or (p, r, k, k), vectors (r, p, q, k), x (..., n)"
     terms, p, q, block = vectors.shape
-    tensors = [x, core, vectors, *([] if bias is None else [bias])]
-    if not x.is_floating_point() or len({t.dtype for t in tensors}) > 1:
-        return f"all have one floating dtype, not {', '.join(str(t.dtype) for t in tensors)}"
-    if len({t.device for t in tensors}) > 1:
-        return f"all are on one device, not {', '.join(str(t.device) for t in tensors)}"
     if tuple(core.shape) not in ((terms, block, block), (p, terms, block, block)):
         return f"core is ({terms}, {block}, {block}), or ({p}, {terms}, {block}, {block})"
     if not (q - 1) * block < x.shape[-1] <= q * block:
         return f"x has more than {(q - 1) * block} and at most {q * block} features"
     if not (p - 1) * block < m <= p * block:
         return f"the output has more than {(p - 1) * block} and at most {p * block} features"
-    if bias is not None and tuple(bias.shape) != (m,):
-        return f"bias is ({m},)"
-    if activation is not None and activation not in ACTIVATIONS:
-        return f"activation is None or one of {', '.join(ACTIVATIONS)}, not {activation!r}"
     return ""
 
 
@@ -306,9 +297,10 @@ def vvma_linear(
     Raises:
         LoweringError: if shapes, dtypes or devices do not fit together.
     """
-    shapes = ", ".join(str(tuple(t.shape)) for t in (x, core, vectors))
     m = _size(vectors, bias, out_features) if vectors.dim() == 4 else 0
-    if problem := _problem(x, core, vectors, bias, activation, m):
+    problem = _problem(x, core, vectors, m)
+    if problem := problem or operand_problem(x, (core, vectors), bias, m, activation):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, core, vectors))
         raise LoweringError(f"vvma_linear: {problem}; got x, core, vectors {shapes}")
     y: Tensor = torch.ops.fxpress.vvma_linear(x, core, vectors, bias, activation, m)
     return y

@@ -114,7 +114,7 @@ def test_opcheck_of_low_rank(name: str) -> None:
 def test_gradcheck(activation: str | None) -> None:
     shapes = [(2, 7), (2, 3, 3), (2, 2, 3, 3), (5,)]
     leaves = [torch.randn(*shape).double().requires_grad_() for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *args: vvma_linear(*args, activation), leaves)
+    assert torch.autograd.gradcheck(lambda x, m, v, b: vvma_linear(x, m, v, b, activation), leaves)
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
@@ -217,7 +217,11 @@ def test_refusals(message: str, changes: dict[str, Any]) -> None:
     ],
 )
 def test_refusals_of_low_rank(message: str, changes: dict[str, Any]) -> None:
-    args = {"x": torch.zeros(3, 30), "down": torch.zeros(4, 30), "up": torch.zeros(20, 4)}
+    args: dict[str, Any] = {
+        "x": torch.zeros(3, 30),
+        "down": torch.zeros(4, 30),
+        "up": torch.zeros(20, 4),
+    }
     with pytest.raises(LoweringError) as raised:
-        low_rank_linear(**args | changes)  # type: ignore[arg-type]
+        low_rank_linear(**args | changes)
     assert message in str(raised.value)

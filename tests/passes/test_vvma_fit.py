@@ -182,8 +182,9 @@ def test_signs_and_results_are_fixed() -> None:
     ],
 )
 def test_refusals(message: str, changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"weight": torch.ones(8, 8), "block": 8}
     with pytest.raises(PlanError) as raised:
-        fit_vvma(**{"weight": torch.ones(8, 8), "block": 8} | changes)
+        fit_vvma(**arguments | changes)
     assert message in str(raised.value)
 
 
