@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxpress.errors import CaptureError
-from fxpress.program import Program
+from fxpress.program import Program, alias_parameter
 from fxpress.signature import Signature
 from fxpress.verify import mutates, verify
 
@@ -323,23 +323,9 @@ def _own_tensors(module: fx.GraphModule) -> None:
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
                 if id(parameter) not in own:
-                    fresh = _alias(parameter)
+                    fresh = alias_parameter(parameter)
                     own[id(parameter)] = own[id(fresh)] = fresh
                 child._parameters[name] = own[id(parameter)]
         for name, buffer in list(child._buffers.items()):
             if buffer is not None and f"{prefix}.{name}".lstrip(".") in written:
                 child._buffers[name] = buffer.clone()
-
-
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    if alias.requires_grad:
-        alias.register_post_accumulate_grad_hook(_clone_storage)
-    return alias
-
-
-def _clone_storage(parameter: Tensor) -> None:
-    """Part from the original's storage, once: called when the first gradient has arrived."""
-    if not getattr(parameter, "_fxpress_own", False):
-        parameter.data = parameter.data.clone()
-        parameter._fxpress_own = True  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from fxpress.signature import Signature
 __all__ = [
     "Program",
     "Provenance",
+    "alias_parameter",
     "attribute",
     "format_node",
     "module_path",
@@ -78,6 +79,28 @@ def attribute(root: nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def alias_parameter(parameter: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+    """A parameter of its own on the storage of another tensor, for as long as it is not trained.
+
+    When its first gradient arrives the storage is cloned, before any optimizer can write to it.
+
+    Args:
+        parameter: a parameter, or a view of one.
+        requires_grad: whether the alias trains; as `parameter` when None.
+    """
+    trains = parameter.requires_grad if requires_grad is None else requires_grad
+    alias = nn.Parameter(parameter.detach(), requires_grad=trains)
+    if alias.requires_grad:
+        alias.register_post_accumulate_grad_hook(_clone_storage)
+    return alias
+
+
+def _clone_storage(parameter: Tensor) -> None:
+    if not getattr(parameter, "_fxpress_own", False):
+        parameter.data = parameter.data.clone()
+        parameter._fxpress_own = True  # type: ignore[attr-defined]
 
 
 def _format_value(value: Any) -> str:
