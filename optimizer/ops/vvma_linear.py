@@ -97,7 +97,7 @@ def _cut(x: Tensor, pieces: int, block: int) -> Tensor:
 
 
 def _one_row(row: Tensor, vectors: Tensor) -> Tensor:
-    """Return z (r p, k) of one row (q, k), reading the vectors once in the order of memory.
+    """Return z (r, p, k) of one row (q, k), reading the vectors once in the order of memory.
 
     Few vectors: the product stays in the cache until it is summed. Many: they are an image of r p q
     pixels with k channels and the row is a depthwise filter of width and stride q, so that nothing
@@ -105,15 +105,15 @@ def _one_row(row: Tensor, vectors: Tensor) -> Tensor:
     """
     terms, p, q, block = vectors.shape
     if vectors.numel() <= _CACHED:
-        return (vectors * row).sum(2).view(terms * p, block)
+        return (vectors * row).sum(2)
     image = vectors.view(1, 1, terms * p * q, block).permute(0, 3, 1, 2)
     weight = row.reshape(1, q, 1, block).permute(3, 2, 0, 1)
     z = F.conv2d(image, weight, stride=(1, q), groups=block)
-    return z.permute(0, 2, 3, 1).reshape(terms * p, block)
+    return z.permute(0, 2, 3, 1).reshape(terms, p, block)
 
 
 def _per_lane(x: Tensor, vectors: Tensor) -> Tensor:
-    """Return z (B, r, p, k) as k products (B, q) x (q, r p).
+    """Return z (r, B, p, k) as k products (B, q) x (q, r p).
 
     No vector is copied where the lanes are outermost in memory.
     """
@@ -122,25 +122,26 @@ def _per_lane(x: Tensor, vectors: Tensor) -> Tensor:
     if not lanes.is_contiguous():
         lanes = vectors.reshape(-1, block).t().contiguous()  # two dimensions: a blocked copy
     z = torch.bmm(x.permute(2, 0, 1).contiguous(), lanes.view(block, terms * p, q).mT)
-    return z.permute(1, 2, 0).reshape(-1, terms, p, block)
+    return z.view(block, -1, terms, p).permute(2, 1, 3, 0)
 
 
 def _sums(x: Tensor, vectors: Tensor) -> Tensor:
-    """Return z (B, r, p, k) of x (B, q, k), in the cheaper form."""
+    """Return z (r, B, p, k) of x (B, q, k), in the cheaper form."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and vectors.is_contiguous()
-    if plain and 1 <= x.shape[0] <= 4:
-        z = torch.stack([_one_row(row, vectors) for row in x])
-        return z.view(-1, *vectors.shape[:2], vectors.shape[3])
+    if plain and x.shape[0] == 1:
+        return _one_row(x[0], vectors)[:, None]
+    if plain and 2 <= x.shape[0] <= 4:
+        return torch.stack([_one_row(row, vectors) for row in x], 1)
     return _per_lane(x, vectors)
 
 
 def _products(z: Tensor, core: Tensor) -> Tensor:
     """Pieces (B, p, k) of the output, before bias and activation."""
     if core.dim() == 4:
-        return torch.einsum("brpc,prac->bpa", z, core)
-    batch, terms, p, block = z.shape
-    flat = z.transpose(1, 2).reshape(batch * p, terms * block)
-    return F.linear(flat, core.transpose(0, 1).reshape(block, -1)).view(batch, p, block)
+        return torch.einsum("rbpc,prac->bpa", z, core)
+    terms, batch, p, block = z.shape
+    y = torch.bmm(z.reshape(terms, batch * p, block), core.mT).sum(0)
+    return y.view(batch, p, block)
 
 
 def _linear(z: Tensor, core: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -188,10 +189,10 @@ def _backward(
         g = activation_gradient(g, _linear(z, core, bias, out_features), activation)
     cut = _cut(g, p, block)
     m = "rac" if core.dim() == 3 else "prac"
-    dz = torch.einsum(f"bpa,{m}->brpc", cut, core)
-    dcore = torch.einsum(f"bpa,brpc->{m}", cut, z)
-    dx = torch.einsum("brpc,rpqc->bqc", dz, vectors).flatten(1)[:, : x.shape[-1]]
-    dvectors = torch.einsum("brpc,bqc->rpqc", dz, pieces)
+    dz = torch.einsum(f"bpa,{m}->rbpc", cut, core)
+    dcore = torch.einsum(f"bpa,rbpc->{m}", cut, z)
+    dx = torch.einsum("rbpc,rpqc->bqc", dz, vectors).flatten(1)[:, : x.shape[-1]]
+    dvectors = torch.einsum("rbpc,bqc->rpqc", dz, pieces)
     return (
         dx.reshape(x.shape).contiguous(),
         dcore.contiguous(),
