@@ -12,6 +12,7 @@ from torch import nn
 
 from fxpress.errors import FxpressError
 from fxpress.flops import multiply_adds
+from fxpress.pipeline import resolve_order
 from fxpress.planning import PlannedPass
 from fxpress.regions import CapturedModel
 from fxpress.report import SCHEMA, Report
@@ -145,7 +146,7 @@ def _sites(run: Run) -> list[dict[str, Any]]:
     """Every site that a planned pass could rewrite, with its outcome."""
     return [
         {"site": name, "pass": kind.name, **site, **_outcome(run, kind, name)}
-        for kind in run.passes.values()
+        for kind in resolve_order(run.passes.values())
         if issubclass(kind, PlannedPass)
         for program in run.canonical.programs.values()
         for name, site in kind().sites(program).items()

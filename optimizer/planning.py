@@ -44,6 +44,8 @@ class PlanContext:
         settings: module path -> the settings of the pass there.
         enabled: whether a module path may be rewritten.
         device: type of the device that the model will run on.
+        objective: what is to fall: `"latency"` or `"memory"`.
+        forced: whether what the settings state is applied at any cost, as `judge="off"` asks.
         progress: told of the profiling.
         record: receives refusals and what was profiled.
     """
@@ -54,14 +56,16 @@ class PlanContext:
     enabled: Callable[[str], bool]
     record: PassRecord
     device: str = "cpu"
+    objective: str = "latency"
+    forced: bool = False
     progress: Progress = field(default_factory=Progress)
 
 
 class PlannedPass(Pass):
     """A pass of the phase `"rewrite"`: it proposes decisions and applies what the judge lets stand.
 
-    `run` applies `ctx.decisions`. Its record's ledger holds for each site `"cost"` and
-    `"dense_cost"`, of the rewritten and the dense form by the pass's own cost model, in one unit.
+    `run` applies `ctx.decisions`. Its record's ledger holds for each site `"modelled_ms"` by the
+    cost model and, for the objective `"memory"`, `"bytes"`: each `{"before", "after"}`.
 
     Class attributes:
         objectives: what the pass can gain: `"latency"`, `"memory"`.

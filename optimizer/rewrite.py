@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -288,10 +288,20 @@ def _apply_first(
 
 
 def provide(
-    program: Program, node: fx.Node, rule: str, build: Callable[[], fx.Node], site: str = ""
+    program: Program,
+    node: fx.Node,
+    rule: str,
+    build: Callable[[], fx.Node],
+    site: str = "",
+    folded: Sequence[fx.Node] = (),
 ) -> fx.Node:
-    """Replace `node` by what `build` makes in front of it; every new node gets its provenance."""
+    """Replace `node` by what `build` makes in front of it; every new node gets its provenance.
+
+    Nodes in front of it that the replacement computes too are `folded`; they die unless others
+    read them.
+    """
     known = set(program.graph.nodes)
+    sources = (node.name, *(n.name for n in folded))
     with program.graph.inserting_before(node):
         new = build()
     made = [n for n in program.graph.nodes if n not in known]
@@ -299,7 +309,7 @@ def provide(
         for key in ("nn_module_stack", "stack_trace"):
             if key in node.meta:
                 fresh.meta.setdefault(key, node.meta[key])
-        fresh.meta.setdefault("provenance", Provenance(rule, (node.name,), site))
+        fresh.meta.setdefault("provenance", Provenance(rule, sources, site))
     program.refresh()  # the next match may end at a node that was made here
     node.replace_all_uses_with(new)
     program.graph.erase_node(node)

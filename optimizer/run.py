@@ -125,7 +125,8 @@ class Run:
         proposals = self._proposals(kind, data, record)
         with judge.at_work():
             decisions = judge.strongest(kind.name, proposals, lambda d: self._trial(kind, d))
-            self.plan.decisions[kind.name] = decisions
+            if decisions:
+                self.plan.decisions[kind.name] = decisions
             if proposals and not decisions:
                 self.plan.verdicts[kind.name] = [judge.nothing_holds(kind.name)]
             elif decisions:
@@ -148,6 +149,8 @@ class Run:
                 enabled=lambda path: self.config.enables_at(kind.name, path),
                 record=record,
                 device=self.device.type,
+                objective=self.objective,
+                forced=self.judge is not None and self.judge.mode == "off",
                 progress=self.progress,
             )
         )
@@ -156,7 +159,7 @@ class Run:
 
     def _judge_gain(self, kind: type[PlannedPass], decisions: Decisions, judge: Judge) -> None:
         """Take back sites, then the pass, where nothing is gained."""
-        if judge.mode == "modelled":
+        if judge.mode == "modelled" or (judge.mode == "measured" and self.objective == "memory"):
             self.plan.verdicts[kind.name] = self._judge_cost(kind, decisions)
         elif judge.mode == "measured":
             self.plan.verdicts[kind.name] = self._judge_sites(kind, decisions, judge)
@@ -164,14 +167,15 @@ class Run:
                 self.plan.verdicts[kind.name] += self._judge_whole(kind, standing, judge)
 
     def _judge_cost(self, kind: type[PlannedPass], decisions: Decisions) -> list[Verdict]:
-        """Sites whose modelled cost is not below the dense one are taken back."""
+        """Sites that the cost model, or a count of bytes, finds no better are taken back."""
         record = self._pipeline.trial().run(kind, self.captured.copy(), decisions)
+        key, unit = ("bytes", "bytes") if self.objective == "memory" else ("modelled_ms", "ms")
         verdicts = []
         for site, entry in record.ledger.items():
-            figures = {"cost": entry["cost"], "dense_cost": entry["dense_cost"]}
-            kept = entry["cost"] < entry["dense_cost"]
-            reason = "cheaper by the cost model" if kept else "not cheaper by the cost model"
-            verdicts.append(Verdict(site, kept, reason, figures))
+            before, after = entry[key]["before"], entry[key]["after"]
+            reason = f"{'fewer' if after < before else 'no fewer'} {unit} by the cost model"
+            figures = {f"{unit}_before": before, f"{unit}_after": after}
+            verdicts.append(Verdict(site, after < before, reason, figures))
         return verdicts
 
     def _judge_sites(

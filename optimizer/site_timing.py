@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +26,10 @@ class _Recorder:
     """Keeps what a node was called with in the first call."""
 
     node: fx.Node
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any]
 
     def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
-        if not self.values:
-            self.values.update(inputs)
+        self.values.update({k: v for k, v in inputs.items() if k not in self.values})
 
 
 def time_sites(
@@ -59,13 +58,14 @@ def time_sites(
     """
     progress = progress or Progress()
     pairs = _pairs(before, after, sites)
-    recorders = {site: _Recorder(old) for site, (_, old, _) in pairs.items()}
-    profile(before, [call], recorders.values(), Progress())
+    recorded: dict[str, dict[str, Any]] = {site: {} for site in pairs}
+    recorders = [_Recorder(n, recorded[site]) for site, (_, old, _) in pairs.items() for n in old]
+    profile(before, [call], recorders, Progress())
     times: dict[str, Timings] = {}
     known: dict[Any, Timings] = {}
     with progress.step("judge sites", len(pairs)) as advance:
         for site, (path, old, new) in pairs.items():
-            values = recorders[site].values
+            values = recorded[site]
             key = _key(old, new, values)
             if key not in known:
                 if time_left() <= 0:
@@ -78,30 +78,33 @@ def time_sites(
 
 def _pairs(
     before: CapturedModel, after: CapturedModel, sites: Sequence[str]
-) -> dict[str, tuple[str, fx.Node, list[fx.Node]]]:
-    """Site -> (region, the old node, the new nodes in order)."""
-    found: dict[str, tuple[str, fx.Node, list[fx.Node]]] = {}
+) -> dict[str, tuple[str, list[fx.Node], list[fx.Node]]]:
+    """Site -> (region, the old nodes and the new ones, in order)."""
+    found: dict[str, tuple[str, list[fx.Node], list[fx.Node]]] = {}
     for path, program in after.programs.items():
         old = {node.name: node for node in before.programs[path].graph.nodes}
         for node in program.graph.nodes:
             origin = node.meta.get("provenance")
             if origin is None or origin.site not in sites or origin.sources[0] not in old:
                 continue
-            entry = found.setdefault(origin.site, (path, old[origin.sources[0]], []))
+            replaced = [n for name, n in old.items() if name in origin.sources]
+            entry = found.setdefault(origin.site, (path, replaced, []))
             entry[2].append(node)
     return found
 
 
-def _key(old: fx.Node, new: Sequence[fx.Node], values: Mapping[str, Any]) -> Any:
+def _key(old: Sequence[fx.Node], new: Sequence[fx.Node], values: Mapping[str, Any]) -> Any:
     """Equal sites do equal work: same operators, shapes and specs."""
     shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values.values())
     plain = tuple(str(a) for n in new for a in n.args if isinstance(a, (str, int, float, bool)))
-    return (str(old.target), shapes, tuple(str(n.target) for n in new if n.op != "get_attr"), plain)
+    targets = tuple(str(n.target) for n in (*old, *new) if n.op != "get_attr")
+    sizes = tuple(tuple(n.meta["val"].shape) for n in new if n.op == "get_attr")
+    return (targets, shapes, sizes, plain)
 
 
 def _time_site(
     program: Program,
-    old: fx.Node,
+    old: Sequence[fx.Node],
     new: Sequence[fx.Node],
     values: Mapping[str, Any],
     cuda: bool,
@@ -110,7 +113,7 @@ def _time_site(
     inputs = {node.name: value for node, value in held.items()} | dict(values)
 
     def run_old() -> Any:
-        return _evaluate([old], dict(values))
+        return _evaluate(old, dict(values))
 
     def run_new() -> Any:
         return _evaluate([n for n in new if n.op != "get_attr"], dict(inputs))

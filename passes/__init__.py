@@ -7,10 +7,12 @@ import inspect
 import pkgutil
 from typing import TYPE_CHECKING
 
+from fxpress.passes.vvma_fit import VvmaFit, fit_vvma
+
 if TYPE_CHECKING:
     from fxpress.rewrite import Pass
 
-__all__ = ["all_passes"]
+__all__ = ["VvmaFit", "all_passes", "fit_vvma"]
 
 
 def all_passes() -> dict[str, type[Pass]]:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxpress.cost import attention_work, hardware_of, sparse_attention_work
 from fxpress.errors import PassError
 from fxpress.ops.mask_layout import MaskLayout, compile_mask
 from fxpress.passes.column_ladder import propose_columns
@@ -65,7 +66,10 @@ class PruneAttention(PlannedPass):
                 break
             device = _device(program, ctx.device)
             layout = compile_mask(
-                decision["mask"], device=device, universe=_universe(site, decision)
+                decision["mask"],
+                device=device,
+                universe=_universe(site, decision),
+                head_dim=site.shape[5],
             )
             self._rewrite(program, site, layout)
             record.masks[site.name] = layout
@@ -117,6 +121,10 @@ class PruneAttention(PlannedPass):
             return [propose_stated(ctx, sites, configs)]
         if any(stated):
             raise PassError("prune-attention: give `pruned` for all modules, or for none")
+        if ctx.forced:
+            reason = "judge='off' applies what the configuration states: it states no pruned="
+            ctx.record.declined += [Decline(reason, site.node, site.name) for site in sites]
+            return []
         return propose_columns(ctx, sites, configs)
 
     def sites(self, program: Program) -> dict[str, dict[str, Any]]:
@@ -166,8 +174,14 @@ def _ledger(site: AttentionSite, layout: MaskLayout) -> dict[str, Any]:
         "pruned": 1 - layout.live_density,
         "live_density": layout.live_density,
         "tile_density": layout.tile_density,
-        "cost": layout.tile_density,
-        "dense_cost": 0.5 if site.is_causal else 1.0,
+        "modelled_ms": _modelled_ms(site, layout),
         "multiply_adds": {"before": dense, "after": round(dense * layout.tile_density)},
         "mask_bytes": sum(t.nbytes for t in layout.tensors),
     }
+
+
+def _modelled_ms(site: AttentionSite, layout: MaskLayout) -> dict[str, float]:
+    hardware, dtype = hardware_of(layout.device), site.q.meta["val"].dtype
+    dense = attention_work(site.shape, site.is_causal, dtype.itemsize, hardware)
+    sparse = sparse_attention_work(site.shape, layout.tile_density, dtype.itemsize, hardware)
+    return {"before": hardware.ms(dense, dtype), "after": hardware.ms(sparse, dtype)}

@@ -41,7 +41,7 @@ class ScaleLinear(PlannedPass):
                 return graph.call_function(torch.ops.aten.mul.Tensor, (linear, factor))
 
             provide(program, node, self.name, build, site.name)
-            record.ledger[site.name] = {"cost": factor, "dense_cost": 1.0}
+            record.ledger[site.name] = {"modelled_ms": {"before": 1.0, "after": factor}}
             record.rewrites.append(Applied(self.name, node.name, site.name, site.name))
         program.finish()
         return record

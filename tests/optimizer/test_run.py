@@ -119,7 +119,7 @@ def test_the_cost_model_takes_back_what_is_not_cheaper(monkeypatch: pytest.Monke
     offer(monkeypatch, scaled(out0=0.99, out1=1.01))
     o = fxpress.optimize(stack(), batches(), config=ONLY, judge="modelled", max_divergence=0.5)
     (rolled,) = o.passes["scale-linear"].rolled_back
-    assert (rolled.site, rolled.figures) == ("1.out", {"cost": 1.01, "dense_cost": 1.0})
+    assert (rolled.site, rolled.figures) == ("1.out", {"ms_before": 1.0, "ms_after": 1.01})
 
 
 def test_a_later_pass_has_to_beat_what_earlier_ones_made(monkeypatch: pytest.MonkeyPatch) -> None:

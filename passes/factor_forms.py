@@ -1,0 +1,231 @@
+"""The forms that a linear map can take: what each costs, what it loses, and the fit itself.
+
+What a form loses is predicted for all its sizes at once, without fitting any: the squared error of
+the best rank-r fit is the sum of the eigenvalues that it leaves out (`vvma_fit`, `low_rank_fit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxpress.cost import Hardware, dense_work, low_rank_work, vvma_work
+from fxpress.passes.factor_settings import FactorVvmaConfig
+from fxpress.passes.low_rank_fit import fit_low_rank
+from fxpress.passes.vvma_fit import fit_vvma
+
+__all__ = [
+    "Form",
+    "Place",
+    "candidates",
+    "dense_cost",
+    "fit",
+    "fit_layer",
+    "frontier",
+    "predicted_errors",
+]
+
+_BLOCKS = (32, 64, 128)
+_TERMS = (1, 2, 4, 8, 16, 32, 64)
+_RANK_STEP = 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the cost of a linear map depends on.
+
+    Attributes:
+        shape: (m, n).
+        tokens: vectors that one call maps.
+        dtype: of the weight.
+        hardware: where it runs.
+        freed: whether nothing else reads the weight, so that replacing it frees its bytes.
+    """
+
+    shape: tuple[int, int]
+    tokens: int
+    dtype: torch.dtype
+    hardware: Hardware
+    freed: bool = True
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a linear map: vector-vector-matrix where there is a block, else low rank.
+
+    Attributes:
+        block: k, or 0.
+        terms: r, or 0.
+        rank: or 0.
+        share: as in `FactorVvmaConfig`.
+    """
+
+    block: int = 0
+    terms: int = 0
+    rank: int = 0
+    share: str = "matrix"
+
+    def __str__(self) -> str:
+        if self.block:
+            return f"vvma, {self.block} x {self.block} tiles, {self.terms} terms"
+        return f"low rank {self.rank}"
+
+    def multiply_adds(self, shape: tuple[int, int]) -> int:
+        """Multiply-adds for one vector."""
+        m, n = shape
+        if not self.block:
+            return self.rank * (m + n)
+        p, q = -(-m // self.block), -(-n // self.block)
+        return self.terms * (p * q * self.block + p * self.block**2)
+
+    def parameters(self, shape: tuple[int, int]) -> int:
+        """Numbers that it stores."""
+        m, n = shape
+        if not self.block:
+            return self.rank * (m + n)
+        p, q = -(-m // self.block), -(-n // self.block)
+        cores = p if self.share == "row" else 1
+        return self.terms * (p * q * self.block + cores * self.block**2)
+
+    def arithmetic(self, shape: tuple[int, int]) -> str:
+        """Multiply-adds against the dense form's, as a person would write them down."""
+        m, n = shape
+        count = "r(mn/k + mk)" if self.block else "r(m + n)"
+        after, before = self.multiply_adds(shape), m * n
+        return f"{count} = {after:,} multiply-adds against mn = {before:,} ({after / before:.2f}x)"
+
+    def cost(self, place: Place, objective: str) -> float:
+        """Milliseconds of a call, or bytes, by `objective`."""
+        if objective == "memory":
+            return float(self.parameters(place.shape) * place.dtype.itemsize)
+        size, hardware = place.dtype.itemsize, place.hardware
+        if self.block:
+            cores = -(-place.shape[0] // self.block) if self.share == "row" else 1
+            sizes = (self.block, self.terms)
+            work = vvma_work(place.shape, *sizes, place.tokens, size, hardware, cores)
+        else:
+            work = low_rank_work(place.shape, self.rank, place.tokens, size)
+        return hardware.ms(work, place.dtype)
+
+
+def dense_cost(place: Place, objective: str) -> float:
+    """What a place costs as it is; in bytes, only what a rewrite would free."""
+    if objective == "memory":
+        return float(place.freed * place.shape[0] * place.shape[1] * place.dtype.itemsize)
+    work = dense_work(place.shape, place.tokens, place.dtype.itemsize)
+    return place.hardware.ms(work, place.dtype)
+
+
+def candidates(shape: tuple[int, int], config: FactorVvmaConfig) -> Iterator[Form]:
+    """The forms that a configuration leaves open; one where it states one."""
+    m, n = shape
+    if config.rank is not None:
+        yield Form(rank=min(config.rank, m, n))
+    elif config.terms is not None:
+        yield Form(config.block or 32, config.terms, share=config.share)
+    else:
+        if config.form != "low-rank":
+            for block in (config.block,) if config.block else _BLOCKS:
+                for terms in _TERMS:
+                    if terms < block <= min(m, n):
+                        yield Form(block, terms, share=config.share)
+        if config.form != "vvma":
+            for rank in range(_RANK_STEP, min(m, n), _RANK_STEP):
+                yield Form(rank=rank)
+
+
+# --- what is lost ---------------------------------------------------------------------------
+
+
+def _left_out(values: Tensor) -> Tensor:
+    """Energy beyond the r largest eigenvalues, r from 0 on, ascending values in the last axis."""
+    energy = F.pad(values.clamp_min(0).cumsum(-1), (1, 0))
+    return energy.flip(-1)
+
+
+def _low_rank_energies(weight: Tensor, moment: Tensor) -> Tensor:
+    weighted = weight * moment
+    small = weighted @ weight.mT
+    if weight.shape[0] > weight.shape[1]:
+        root = weight * moment.sqrt()
+        small = root.mT @ root
+    return _left_out(torch.linalg.eigvalsh(small))
+
+
+def _vvma_energies(weight: Tensor, moment: Tensor, block: int, rowwise: bool) -> Tensor:
+    m, n = weight.shape
+    padded = F.pad(weight, (0, -n % block, 0, -m % block))
+    lanes = F.pad(moment, (0, -n % block)).view(-1, block)
+    tiles = padded.view(-1, block, lanes.shape[0], block)  # (p, k, q, k)
+    total = weight.new_zeros(block + 1)
+    for lane in range(block):
+        columns = tiles[..., lane] * lanes[:, lane].sqrt()  # (p, k, q)
+        gram = columns @ columns.mT
+        values = torch.linalg.eigvalsh(gram if rowwise else gram.sum(0))
+        total += _left_out(values).reshape(-1, block + 1).sum(0)
+    return total
+
+
+def predicted_errors(
+    weight: Tensor, moment: Tensor | None, forms: Sequence[Form]
+) -> dict[Form, float]:
+    """Squared relative error of the outputs under each form, by the diagonal of the moment.
+
+    Args:
+        weight: (m, n).
+        moment: mean of x^2 (n,) or of x x' (n, n), or None for inputs of one size.
+        forms: which forms.
+    """
+    wide = weight.detach().double()
+    diagonal = wide.new_ones(wide.shape[1])
+    if moment is not None:
+        given = moment.to(wide)
+        diagonal = given if given.dim() == 1 else given.diagonal()
+    total = float((wide.square() * diagonal).sum()) or 1.0
+    energies: dict[tuple[int, bool], Tensor] = {}
+    errors = {}
+    for form in forms:
+        key = (form.block, form.share == "row")
+        if key not in energies:
+            energies[key] = (
+                _vvma_energies(wide, diagonal, *key)
+                if form.block
+                else _low_rank_energies(wide, diagonal)
+            )
+        errors[form] = float(energies[key][form.terms or form.rank]) / total
+    return errors
+
+
+def frontier(forms: Sequence[Form], costs: Sequence[float], errors: Sequence[float]) -> list[int]:
+    """Indices of the forms that no other beats in both cost and error, cheapest first."""
+    kept: list[int] = []
+    for i in sorted(range(len(forms)), key=lambda i: (costs[i], errors[i])):
+        if not kept or errors[i] < errors[kept[-1]]:
+            kept.append(i)
+    return kept
+
+
+# --- fit ------------------------------------------------------------------------------------
+
+
+def fit(weight: Tensor, form: Form, moment: Tensor | None) -> dict[str, Any]:
+    """Fit a weight and return what the plan holds of it: factors, sizes, and the error."""
+    if form.block:
+        done = fit_vvma(weight, form.block, form.terms, form.share, moment)
+        factors = {"core": done.core, "vectors": done.vectors}
+        return {"form": "vvma", **factors, "error": done.relative_error}
+    low = fit_low_rank(weight, form.rank, moment)
+    return {"form": "low-rank", "down": low.down, "up": low.up, "error": low.relative_error}
+
+
+def fit_layer(weights: Sequence[Tensor], form: Form, moment: Tensor | None) -> list[dict[str, Any]]:
+    """Fit several weights of one input with cores in common; each has whole tiles of rows."""
+    done = fit_vvma(list(weights), form.block, form.terms, "layer", moment)
+    parts = done.vectors.split([w.shape[0] // form.block for w in weights], dim=1)
+    shared = {"form": "vvma", "core": done.core, "error": done.relative_error}
+    return [{**shared, "vectors": part.contiguous()} for part in parts]

@@ -1,0 +1,200 @@
+"""`factor-vvma`: linear maps in a form of fewer multiply-adds and bytes.
+
+    linear(x, W, b)  ->  vvma_linear(x, M, v, b, act, m)        W_ij ~ sum_t M_t diag(v_tij)
+                     or  low_rank_linear(x, D, U, b, act)       W ~ U D
+
+An activation that alone reads the result is folded in. Which form, and whether any, is decided by
+what it loses on calibration data at what modelled cost (`factor_ladder`); a map that no form makes
+cheaper is declined with the arithmetic. Sources: Khoury et al. 2020 (arXiv 2010.08412) for the
+vector-vector-matrix form; activation-weighted truncated decomposition for low rank.
+
+Exactness: APPROXIMATES(budget), held by the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxpress.cost import hardware_of
+from fxpress.errors import PassError
+from fxpress.ops import low_rank_linear, vvma_linear  # noqa: F401 - defines the operators
+from fxpress.passes.factor_forms import Form, Place, dense_cost
+from fxpress.passes.factor_ladder import propose_forms
+from fxpress.passes.factor_settings import FactorVvmaConfig
+from fxpress.passes.sites import LinearSite, linear_sites
+from fxpress.planning import PlanContext, PlannedPass, Proposal
+from fxpress.program import Program, attribute, module_path
+from fxpress.rewrite import Applied, Decline, PassContext, PassRecord, provide
+from fxpress.testing import APPROXIMATES, Exactness
+
+__all__ = ["FactorVvma", "FactorVvmaConfig"]
+
+aten = torch.ops.aten
+
+_ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+}
+_GELU: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+class FactorVvma(PlannedPass):
+    """Replaces linear maps by factored ones, as decided."""
+
+    name: ClassVar[str] = "factor-vvma"
+    phase: ClassVar[str] = "rewrite"
+    after: ClassVar[Mapping[str, str]] = {
+        "normalize-linear": "every product with a weight is a linear map by then",
+        "prune-attention": "what attention spends of the quality budget is known by then",
+    }
+    exactness: ClassVar[Exactness] = APPROXIMATES(0.0)
+    config_type: ClassVar[type | None] = FactorVvmaConfig
+
+    def sites(self, program: Program) -> dict[str, dict[str, Any]]:
+        """Every linear map by a weight of the model."""
+        return {
+            s.name: {"kind": "linear", "path": module_path(s.node), "shape": list(s.shape)}
+            for s in linear_sites(program)
+        }
+
+    def propose(self, ctx: PlanContext) -> list[Proposal]:
+        """The stated forms, or a ladder of choices by what they lose at what cost.
+
+        Raises:
+            PassError: forms are stated for some modules and left open for others.
+        """
+        configs: dict[str, FactorVvmaConfig] = {}
+        sites: list[tuple[Program, LinearSite]] = []
+        for region, program in ctx.captured.programs.items():
+            for site in linear_sites(program):
+                path = f"{region}.{module_path(site.node)}".strip(".")
+                if ctx.enabled(path):
+                    sites.append((program, site))
+                    configs[site.name] = ctx.settings(path)
+                else:
+                    reason = "left out by the configuration"
+                    ctx.record.declined.append(Decline(reason, site.node, site.name))
+        if not sites:
+            return []
+        stated = [config.is_stated for config in configs.values()]
+        if any(stated) and not all(stated):
+            raise PassError("factor-vvma: give terms= or rank= for all modules, or for none")
+        if ctx.forced and not any(stated):
+            reason = "judge='off' applies what the configuration states: no terms= or rank="
+            ctx.record.declined += [Decline(reason, site.node, site.name) for _, site in sites]
+            return []
+        return propose_forms(ctx, sites, configs, hardware_of(_device(sites[0][0])))
+
+    def run(self, program: Program, ctx: PassContext) -> PassRecord:
+        """Apply `ctx.decisions`: site -> `{"form", "core", "vectors"}` or `{..., "down", "up"}`."""
+        record = PassRecord(self.name, self.exactness)
+        for site in linear_sites(program):
+            decision = ctx.decisions.get(site.name)
+            path = module_path(site.node)
+            if decision is None or not ctx.enabled(path):
+                continue
+            if (reason := _unfit(site, decision)) is not None:
+                record.declined.append(Decline(reason, site.node, site.name))
+                continue
+            if not ctx.fuel.burn():
+                break
+            record.ledger[site.name] = _ledger(program, site, decision)
+            detail = {"form": str(_form(decision)), "error": decision["error"]}
+            record.rewrites.append(Applied(self.name, site.node.name, path, site.name, detail))
+            self._rewrite(program, site, decision)
+        program.finish()
+        return record
+
+    def _rewrite(self, program: Program, site: LinearSite, decision: Mapping[str, Any]) -> None:
+        graph, node = program.graph, site.node
+        x, _, bias = (*node.args, None)[:3]
+        last, activation = _activation(node)
+        device = _device(program)
+
+        def tensor(name: str) -> fx.Node:
+            return graph.get_attr(_register(program, f"{site.name}_{name}", decision[name], device))
+
+        def build() -> fx.Node:
+            if decision["form"] == "low-rank":
+                args: tuple[Any, ...] = (x, tensor("down"), tensor("up"), bias, activation)
+                return graph.call_function(torch.ops.fxpress.low_rank_linear.default, args)
+            args = (x, tensor("core"), tensor("vectors"), bias, activation, site.shape[0])
+            return graph.call_function(torch.ops.fxpress.vvma_linear.default, args)
+
+        folded = [node] if last is not node else []
+        provide(program, last, self.name, build, site.name, folded)
+
+
+def _activation(node: fx.Node) -> tuple[fx.Node, str | None]:
+    """The node to replace: the map, or the activation that alone reads it, and its name."""
+    if len(node.users) != 1:
+        return node, None
+    (user,) = node.users
+    name = _ACTIVATIONS.get(user.target)
+    if user.target is aten.gelu.default:
+        name = _GELU[user.kwargs.get("approximate", "none")]
+    return (user, name) if name else (node, None)
+
+
+def _register(program: Program, name: str, tensor: Tensor, device: torch.device) -> str:
+    """Register a factor as a parameter; a core that is there already is shared."""
+    for have, parameter in program.graph_module.named_parameters(recurse=False):
+        if have.endswith("_core") and name.endswith("_core") and _equal(parameter, tensor):
+            return have
+    return program.register(name, nn.Parameter(tensor.to(device)))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+def _device(program: Program) -> torch.device:
+    for tensor in program.tensors().values():
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _form(decision: Mapping[str, Any]) -> Form:
+    if decision["form"] == "low-rank":
+        return Form(rank=decision["down"].shape[0])
+    terms, _, _, block = decision["vectors"].shape
+    return Form(block, terms, share="row" if decision["core"].dim() == 4 else "matrix")
+
+
+def _unfit(site: LinearSite, decision: Mapping[str, Any]) -> str | None:
+    m, n = site.shape
+    if decision["form"] == "low-rank":
+        fits = (decision["up"].shape[0], decision["down"].shape[1]) == (m, n)
+    else:
+        _, p, q, block = decision["vectors"].shape
+        fits = (-(-m // block), -(-n // block)) == (p, q)
+    return None if fits else f"the factors do not fit a weight of {site.shape}"
+
+
+def _ledger(program: Program, site: LinearSite, decision: Mapping[str, Any]) -> dict[str, Any]:
+    weight = attribute(program.graph_module, site.weight)
+    form, (m, n) = _form(decision), site.shape
+    place = Place(site.shape, site.tokens, weight.dtype, hardware_of(weight.device))
+    numbers = form.parameters(site.shape)
+    return {
+        "kind": "linear",
+        "form": str(form),
+        "relative_error": decision["error"],
+        "arithmetic": form.arithmetic(site.shape),
+        "multiply_adds": {
+            "before": m * n * site.tokens,
+            "after": form.multiply_adds(site.shape) * site.tokens,
+        },
+        "parameters": {"before": m * n, "after": numbers},
+        "bytes": {"before": m * n * weight.itemsize, "after": numbers * weight.itemsize},
+        "modelled_ms": {
+            "before": dense_cost(place, "latency"),
+            "after": form.cost(place, "latency"),
+        },
+    }
