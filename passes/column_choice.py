@@ -32,6 +32,7 @@ __all__ = ["ColumnErrors", "ColumnRanks", "choose_columns"]
 
 _SIZES = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _ROW_STRIDE = 4  # every fourth row is enough to measure a tile's error
+_PROHIBITIVE = 1e30  # a price at which only the cheapest is bought
 SINKS = 4  # first keys, which many heads rest on
 
 
@@ -228,7 +229,8 @@ def choose_columns(
     Args:
         scored: measured errors, one per site.
         tile_cost: (kept columns, live columns) -> cost of a tile in dense columns.
-        share: total cost of all tiles over their dense cost.
+        share: total cost of all tiles over their dense cost; where that is less than the cheapest
+            choice costs, the best of the cheapest is taken.
     """
     costs = [s.costs(tile_cost)[None, None] for s in scored]
     errors = [s.errors.double() for s in scored]
@@ -244,11 +246,13 @@ def choose_columns(
             used += float(expanded.gather(-1, best[..., None]).sum())
         return picks, used
 
+    # At so high a price errors vanish beside costs.
+    budget = max(share * dense, pick(_PROHIBITIVE)[1])
     low, high = 0.0, 1.0
-    while pick(high)[1] > share * dense and high < 1e30:
+    while pick(high)[1] > budget and high < _PROHIBITIVE:
         high *= 8
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if pick(middle)[1] > share * dense else (low, middle)
+        low, high = (middle, high) if pick(middle)[1] > budget else (low, middle)
     cuts = [e.shape[-1] for e in errors]
     return [(p // n, p % n) for p, n in zip(pick(high)[0], cuts, strict=True)]
