@@ -184,8 +184,9 @@ def _from_function(module: str, function: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         built = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise PlanError(f"--model {module}:{function}: {error}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PlanError(f"--model {module}:{function} cannot be built: {what}") from error
     finally:
         sys.path.pop(0)
     if not isinstance(built, nn.Module):
@@ -198,7 +199,10 @@ def _from_config(path: Path) -> nn.Module:
 
     if not path.is_file():
         raise PlanError(f"--model hf-config:{path}: no such file")
-    built: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(path)).eval()
+    try:
+        built: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(path)).eval()
+    except Exception as error:
+        raise PlanError(f"--model hf-config:{path}: {error}") from error
     return built
 
 
@@ -218,8 +222,12 @@ def _read_batches(path: Path | None, limit: int) -> list[Any]:
 
     if path is None:
         raise CalibrationError("give --calib: a .jsonl file, one mapping of inputs per line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is no text: {error}") from error
     batches = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
+    for number, line in enumerate(lines[:limit], 1):
         try:
             row = json.loads(line)
             batches.append({key: torch.tensor(value) for key, value in row.items()})

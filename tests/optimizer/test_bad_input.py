@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from models import batches, stack
 from torch import Tensor, nn
 
 import fxpress
+from fxpress.cli import main
 from fxpress.errors import CalibrationError, FxpressError, PlanError
 
 
@@ -110,24 +112,97 @@ def test_labels_are_dropped_and_named() -> None:
     assert o.report.as_dict()["dropped_inputs"] == ["item 1"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["optimize", "--model", "zoo:no-such-model"],
-        ["optimize", "--model", "nonsense"],
-        ["optimize", "--model", "zoo:transformer-lm", "--calib", "missing.txt"],
-        ["optimize", "--model", "zoo:transformer-lm", "--judge", "maybe"],
-        ["explain", "--model", "no_such_module:build"],
-        ["optimize"],
-        ["frobnicate"],
-    ],
-)
-def test_the_command_line_ends_with_2_and_one_line(arguments: list[str], tmp_path: Path) -> None:
+MODELS = """
+import torch
+from torch import nn
+
+class Attend(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("the weights have gone missing")
+
+def cannot_build():
+    raise KeyError("no such checkpoint")
+"""
+GOOD = json.dumps({"x": torch.ones(1, 1, 4, 2).tolist()})
+ATTEND = ["optimize", "--model", "models_of_mine:Attend", "--calib", "rows.jsonl"]
+BAD_COMMANDS: dict[str, tuple[list[str], dict[str, str], str]] = {
+    "unknown command": (["frobnicate"], {}, "No such command"),
+    "no model": (["optimize"], {}, "--model"),
+    "unknown zoo model": (["optimize", "--model", "zoo:no-such"], {}, "no-such"),
+    "no kind of model": (["explain", "--model", "nonsense"], {}, "give zoo:NAME"),
+    "no such module": (["explain", "--model", "absent:build"], {}, "No module named 'absent'"),
+    "builder raises": (
+        ["optimize", "--model", "models_of_mine:cannot_build"],
+        {},
+        "cannot be built: KeyError: 'no such checkpoint'",
+    ),
+    "no model built": (["explain", "--model", "json:dumps"], {}, "cannot be built: TypeError"),
+    "no configuration": (["explain", "--model", "hf-config:no.json"], {}, "no such file"),
+    "broken configuration": (["explain", "--model", "hf-config:c.json"], {"c.json": "{"}, "c.json"),
+    "missing data": (ATTEND, {}, "rows.jsonl does not exist"),
+    "no data": (ATTEND[:3], {}, "give --calib"),
+    "empty data": (ATTEND, {"rows.jsonl": ""}, "calib_data is empty"),
+    "no mapping": (ATTEND, {"rows.jsonl": f"{GOOD}\n[1"}, "rows.jsonl:2 is no mapping"),
+    "wrong shape": (ATTEND, {"rows.jsonl": f'{GOOD}\n{{"x": [1.0]}}'}, r"[1].*shape (1,)"),
+    "wrong dtype": (ATTEND, {"rows.jsonl": f"{GOOD}\n{GOOD.replace('.0', '')}"}, "torch.int64"),
+    "wrong key": (ATTEND, {"rows.jsonl": GOOD.replace("x", "y")}, "none of which the model takes"),
+    "not a number": (ATTEND, {"rows.jsonl": GOOD.replace("1.0", "NaN")}, "holds NaN"),
+    "model raises": (
+        ["optimize", "--model", "models_of_mine:Raises", "--calib", "rows.jsonl"],
+        {"rows.jsonl": GOOD},
+        "the weights have gone missing",
+    ),
+    "budget": ([*ATTEND, "--max-divergence", "-1"], {"rows.jsonl": GOOD}, "max_divergence is -1"),
+    "judge": ([*ATTEND, "--judge", "maybe"], {"rows.jsonl": GOOD}, "judge is 'maybe'"),
+    "objective": ([*ATTEND, "--objective", "fun"], {"rows.jsonl": GOOD}, "objective is 'fun'"),
+    "no device": ([*ATTEND, "--device", "abacus"], {"rows.jsonl": GOOD}, "device 'abacus'"),
+    "unknown pass": (
+        [*ATTEND, "--config", "c.yaml"],
+        {"rows.jsonl": GOOD, "c.yaml": "prune-atention: {}"},
+        "did you mean 'prune-attention'",
+    ),
+    "unknown module": (
+        [*ATTEND, "--config", "c.yaml"],
+        {"rows.jsonl": GOOD, "c.yaml": "'layers.*': {enable: false}"},
+        "no module matches 'layers.*'",
+    ),
+    "no settings": ([*ATTEND, "--config", "no.yaml"], {"rows.jsonl": GOOD}, "no.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_the_command_line_ends_with_2_and_one_line(
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, files, message = BAD_COMMANDS[case]
+    for name, text in ({"models_of_mine.py": MODELS} | files).items():
+        tmp_path.joinpath(name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "models_of_mine", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert line.startswith("error: ")
+    assert all(part in line for part in message.split(".*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_process_itself_ends_with_2_and_one_line() -> None:
+    arguments = ["optimize", "--model", "zoo:transformer-lm", "--device", "cuda"]
     command = [sys.executable, "-m", "fxpress", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "there is no CUDA device here" in line
 
 
 def test_every_error_is_an_fxpress_error() -> None:
