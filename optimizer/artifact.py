@@ -47,7 +47,7 @@ _GRAPH = {
     "kernels": dict,
 }
 _MOVED = (
-    "saved on a CUDA device, loaded on the CPU: masks are compiled for the other device; "
+    "masks stay compiled for the other device; "
     "optimize(model, None, plan=loaded.plan) compiles them for this one"
 )
 
@@ -134,7 +134,7 @@ def _check_readable(graph: Mapping[str, Any], optimized: OptimizedModule) -> Non
         }
         device = next(iter(held.values())).device if held else torch.device("cpu")
         try:
-            decode_program(data, held, device)
+            decode_program(data, held, device.type, device)
         except ArtifactError as error:
             raise ArtifactError(f"the model cannot be saved as it is: {error}") from error
 
@@ -167,15 +167,19 @@ def load(
     path = Path(path)
     content = files.read(path)
     graph = parse_json(content[files.GRAPH], f"{path}: {files.GRAPH}")
-    kind, programs, failures, host, records, kernels = fields(graph, _GRAPH, f"{path}: graph.json")
+    kind, programs, failures, host, table, kernels = fields(graph, _GRAPH, f"{path}: graph.json")
+    where, notes = _device(kind, device)
     with _blamed(path):
-        where, notes = _device(kind, device)
-        tensors = load_tensors(records, content.pop(files.TENSORS), where)
-        decoded = [decode_program(data, tensors, where) for data in programs]
-    captured = _captured(decoded, failures, model, path)
-    notes += _kernel_notes(captured, kernels)
-    layouts = _layouts(captured)
-    report = _report(content[files.REPORT], layouts, notes, path)
+        tensors = load_tensors(table, content.pop(files.TENSORS), where)
+        decoded = [decode_program(data, tensors, kind, where) for data in programs]
+        failed = [RegionFailure(*parts(entry, (str, str), "a failure")) for entry in failures]
+    captured = _captured(decoded, failed, model, path)
+    with _blamed(path):
+        notes += _kernel_notes(captured, kernels)
+        layouts = _layouts(captured)
+        report = _report(content[files.REPORT], layouts, notes)
+        records = _records(report.facts, layouts)
+        plan = _plan(content)
 
     def rebuild(plan: Plan) -> OptimizedModule:
         from fxpress.api import optimize
@@ -186,8 +190,8 @@ def load(
 
     optimized = OptimizedModule(
         captured,
-        passes=_records(report.facts, layouts),
-        plan=_plan(content, path),
+        passes=records,
+        plan=plan,
         report=report,
         original=model,
         rebuild=rebuild,
@@ -209,25 +213,24 @@ class _Absent(nn.Module):
 def _device(kind: str, wanted: torch.device | str | None) -> tuple[torch.device, list[str]]:
     if kind not in ("cpu", "cuda"):
         raise ArtifactError(f"the graph is damaged: {kind!r:.40} is no device")
-    if wanted is not None:
-        return torch.device(wanted), []
-    if kind == "cuda" and not torch.cuda.is_available():
-        return torch.device("cpu"), [_MOVED]
-    return torch.device(kind), []
+    missing = kind == "cuda" and not torch.cuda.is_available()
+    where = torch.device(wanted or ("cpu" if missing else kind))
+    return where, [] if where.type == kind else [f"saved on {kind}, loaded on {where}: {_MOVED}"]
 
 
 @contextlib.contextmanager
 def _blamed(path: Path) -> Iterator[None]:
     try:
         yield
-    except ArtifactError as error:
+    except Exception as error:  # whatever data may do that is not as it was written
+        kind = "" if isinstance(error, ArtifactError) else f"{type(error).__name__}: "
         raise ArtifactError(
-            f"{path}: {error}; it was altered, or written by a newer fxpress: save it again"
+            f"{path}: {kind}{error}; it was altered, or written by a newer fxpress: save it again"
         ) from error
 
 
 def _captured(
-    decoded: list[Program], failures: list[Any], model: nn.Module | None, path: Path
+    decoded: list[Program], failed: list[RegionFailure], model: nn.Module | None, path: Path
 ) -> CapturedModel:
     by_path = {program.path: program for program in decoded}
     if not decoded or len(by_path) < len(decoded) or ("" in by_path and len(decoded) > 1):
@@ -241,7 +244,6 @@ def _captured(
     for part in by_path:
         if part not in known:
             raise ArtifactError(f"{path} does not fit the model given: it has no module {part!r}")
-    failed = [RegionFailure(*parts(entry, (str, str), "a failure")) for entry in failures]
     return CapturedModel(model or _Absent(), by_path, failed, released=model is None)
 
 
@@ -299,16 +301,16 @@ class _DenseMasks(Mapping[str, Tensor]):
         return len(self._layouts)
 
 
-def _report(data: bytes, layouts: Mapping[str, MaskLayout], notes: list[str], path: Path) -> Report:
-    facts = parse_json(data, f"{path}: {files.REPORT}")
+def _report(data: bytes, layouts: Mapping[str, MaskLayout], notes: list[str]) -> Report:
+    facts = parse_json(data, files.REPORT)
     if not isinstance(facts, dict):
-        raise ArtifactError(f"{path}: {files.REPORT} is damaged: it is no mapping")
+        raise ArtifactError(f"{files.REPORT} is damaged: it is no mapping")
     if notes:
         facts["notes"] = [*facts.get("notes", []), *notes]
     return Report(facts, _DenseMasks(layouts))
 
 
-def _plan(content: Mapping[str, bytes], path: Path) -> Plan:
+def _plan(content: Mapping[str, bytes]) -> Plan:
     # Plans are read from folders; these are the bytes whose hashes were compared.
     with tempfile.TemporaryDirectory() as folder:
         for name in (files.PLAN, files.PLAN_TENSORS):
@@ -317,7 +319,8 @@ def _plan(content: Mapping[str, bytes], path: Path) -> Plan:
         try:
             return Plan.load(folder)
         except (PlanError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path}: the plan is damaged: {error}") from error
+            reason = str(error).replace(f"{folder}/", "")
+            raise ArtifactError(f"{files.PLAN} is damaged: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ links are not followed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -79,6 +78,8 @@ def staged(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: something that is no artifact is there already.
     """
+    import fcntl
+
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
@@ -133,6 +134,8 @@ def _sweep(path: Path) -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether no living process holds the lock of a partial folder."""
+    import fcntl
+
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

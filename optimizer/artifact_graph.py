@@ -37,6 +37,7 @@ from fxpress.verify import verify
 __all__ = ["decode_program", "encode_program"]
 
 _TARGET = re.compile(r"[\w\-]+(\.[\w\-]+)*", re.ASCII)
+_NODE = {"name", "op", "path", "target", "args", "kwargs", "epilogue", "value", "provenance"}
 _LARGEST = (1 << 63) - 1
 _PROGRAM = {
     "path": str,
@@ -78,13 +79,16 @@ def encode_program(program: Program, tensor_name: Callable[[Tensor, str], str]) 
     }
 
 
-def decode_program(data: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Program:
+def decode_program(
+    data: Any, tensors: Mapping[str, Tensor], home: str, device: torch.device
+) -> Program:
     """The program that JSON stands for, verified.
 
     Args:
         data: what `encode_program` returned.
         tensors: by the names that `tensor_name` gave.
-        device: stands for the device type that the tensors were saved from.
+        home: type of the device that the program was saved from.
+        device: takes its place.
 
     Raises:
         ArtifactError: the data is no program, or calls what no artifact may call.
@@ -92,20 +96,33 @@ def decode_program(data: Any, tensors: Mapping[str, Tensor], device: torch.devic
     values = fields(data, _PROGRAM, "the graph")
     path, untrainable, signature, arguments, inputs, outputs, symbols, attributes, nodes = values
     root = _module_tree(attributes, tensors)
-    graph = _decode_graph(nodes, _decode_symbols(symbols), device)
-    structure = _input_structure(inputs)
+    graph = _decode_graph(nodes, _decode_symbols(symbols), home, device)
     names = [identifier(name, "an argument") for name in arguments]
-    info = fx.graph._PyTreeInfo(names, structure, decode_structure(outputs))
+    info = fx.graph._PyTreeInfo(names, _input_structure(inputs), decode_structure(outputs))
     graph.set_codegen(fx.graph._PyTreeCodeGen(info))
-    missing = [n.target for n in graph.nodes if n.op == "get_attr" and n.target not in attributes]
-    if missing:
-        raise ArtifactError(f"the graph reads {missing[0]!r:.80}, which it does not hold")
+    if fault := _graph_fault(graph, info, attributes):
+        raise ArtifactError(f"the graph is damaged: {fault}")
     program = Program(fx.GraphModule(root, graph), decode_signature(signature), path, untrainable)
     _restore_persistence(program, attributes)
-    if len(program.placeholders) != structure.num_leaves:
-        raise ArtifactError(f"the graph has inputs for {structure}, not for those that it reads")
     _compute_metadata(program)
     return program
+
+
+def _graph_fault(graph: fx.Graph, info: Any, attributes: Mapping[str, Any]) -> str:
+    """Where nodes and structures do not belong together, or nothing."""
+    inputs = graph.find_nodes(op="placeholder")
+    positional, named = info.in_spec.children()
+    results = graph.output_node().args[0]
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in attributes:
+            return f"it reads {node.target!r:.80}, which it does not hold"
+    if len(inputs) != info.in_spec.num_leaves:
+        return f"it has {len(inputs)} inputs, not those of {info.in_spec}"
+    if len(info.orig_args) != positional.num_children + named.num_children:
+        return f"its arguments {info.orig_args!r:.80} are not those of {info.in_spec}"
+    if not isinstance(results, (list, tuple)) or len(results) != info.out_spec.num_leaves:
+        return f"its results are not those of {info.out_spec}"
+    return ""
 
 
 def _compute_metadata(program: Program) -> None:
@@ -283,24 +300,24 @@ def _encode_input(value: Any) -> dict[str, Any]:
 
 
 def _decode_graph(
-    nodes: list[Any], sizes: tuple[Any, dict[str, Any]], device: torch.device
+    nodes: list[Any], sizes: tuple[Any, dict[str, Any]], home: str, device: torch.device
 ) -> fx.Graph:
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
 
     def on(kind: str) -> torch.device:
-        return device if kind == device.type else torch.device(kind)
+        return device if kind == home else torch.device(kind)
 
     for data in nodes:
-        if not isinstance(data, dict) or "output" in {node.op for node in known.values()}:
-            raise ArtifactError(f"{data!r:.60} is no node, or comes after the output")
+        if not isinstance(data, dict) or not set(data) <= _NODE:
+            raise ArtifactError(f"{data!r:.80} is no node")
         node = _decode_node(data, graph, known, on)
         if node.op == "placeholder":
             node.meta["val"] = _decode_input(data.get("value"), sizes, on)
         _restore_origin(node, data)
         known[node.name] = node
-    if not known or node.op != "output":
-        raise ArtifactError("the graph is damaged: it has no output")
+    if [node.op == "output" for node in known.values()] != [False] * (len(nodes) - 1) + [True]:
+        raise ArtifactError("the graph is damaged: it has not one output, at its end")
     return graph
 
 

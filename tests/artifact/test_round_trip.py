@@ -48,6 +48,8 @@ class Tagger(nn.Module):
         self.mix = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
         self.head = nn.Linear(32, 50, bias=False)
         self.head.weight = self.embed.weight
+        self.steps: Tensor
+        self.scale: Tensor
         self.register_buffer("steps", torch.arange(64), persistent=False)
         self.register_buffer("scale", torch.tensor(0.5, dtype=torch.bfloat16))
 
@@ -169,7 +171,8 @@ def test_tied_weights_stay_tied_and_are_saved_once(tmp_path: Path) -> None:
 
 def test_parts_that_share_a_weight_share_it_again(tmp_path: Path) -> None:
     model = Branching().eval()
-    model.second.weight = nn.Parameter(model.first[1].weight[:, :4].detach())  # a view of the other
+    view = model.first.get_parameter("1.weight")[:, :4].detach()
+    model.second.weight = nn.Parameter(view)
     o = fxpress.optimize(model, batches(), judge="off")
     with pytest.warns(UserWarning, match="stays Python"):
         loaded = fxpress.load(o.save(tmp_path / "m"), model=copy.deepcopy(model))
@@ -290,6 +293,16 @@ def test_a_newer_kernel_is_noted(
     loaded = fxpress.load(tmp_path / "m")
     assert set(loaded.sources.values()) == {"second"}
     assert "another kernel than when saved" in str(loaded.report)
+
+
+def test_a_module_is_put_where_it_is_wanted(
+    optimized: fxpress.OptimizedModule, tmp_path: Path
+) -> None:
+    """`meta` stands for a device that this machine may not have."""
+    loaded = fxpress.load(optimized.save(tmp_path / "m"), device="meta")
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"meta"}
+    assert loaded.captured.programs[""].placeholders[0].meta["val"].device.type == "meta"
+    assert "saved on cpu, loaded on meta: masks stay compiled" in str(loaded.report)
 
 
 def test_an_export_is_read_by_torch(tmp_path: Path) -> None:
