@@ -91,14 +91,12 @@ def tile_density(masks: Mapping[str, Tensor]) -> float:
 
 
 def window_of_equal_tiles(live: Tensor, target: float) -> Tensor:
-    """The widest window + sinks (N, N) that needs no more than a share `target` of the tiles."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        mask = window_mask(live, middle, sinks=SINKS, block=(1, 1))
-        fits = tile_density({"": mask[None]}) <= target
-        low, high = (middle, high) if fits else (low, middle)
-    return window_mask(live, low, sinks=SINKS, block=(1, 1))
+    """The window + sinks (N, N) of whole tiles that needs most nearly a share `target` of them."""
+    windows = [
+        window_mask(live, share, sinks=SINKS, block=TILE)
+        for share in torch.linspace(0.02, 1, 50).tolist()
+    ]
+    return min(windows, key=lambda mask: abs(tile_density({"": mask[None]}) - target))
 
 
 def candidates(maps: Masks, pruned: float) -> Iterator[tuple[str, Masks]]:

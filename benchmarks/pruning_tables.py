@@ -23,8 +23,8 @@ from what `benchmarks/pruning_quality.py` measured. Read with it:
 Three things that are easily confused:
 
 - **pruned**: the share asked for, of the cells (or blocks of them) that attention could use;
-- **live density**: cells kept, as a share of those that attention could use. It is a little over
-  1 - pruned where every row must keep a key, and where blocks are ragged;
+- **live density**: cells kept, as a share of those that attention could use. It is not quite
+  1 - pruned: every row keeps a key, and blocks that the diagonal cuts count as whole ones;
 - **tile density**: tiles of 64 x 32 cells with a kept cell, as a share of all N^2: what a kernel of
   such tiles computes. Dense causal attention has .52. *Packed*: what the CPU's columns, gathered
   per tile of rows, compute.
