@@ -34,6 +34,19 @@ at least the time to move q, k, v and o once.
 """
 
 
+FACTORED = """
+### Factored linear maps, bf16, small batch
+
+Microseconds per layer of a chain of 24 N x N layers with weights of their own, as one CUDA graph.
+k = 64; r terms take 1 / (64 / r) of the dense bytes and a little, low rank as many as r = 16 and
+r = 4; int8 and int4 are torchao's weight-only forms. Weights are drawn, so this measures kernels;
+what a form loses in quality is another matter.
+
+| N, batch | cuBLAS | r = 1 | r = 4 | r = 16 | low rank 1/16 | 1/4 | int8 / int4 | best speed-up |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
 def fastest(peers: dict[str, Any], names: list[str]) -> float | None:
     """Least median among the peers that ran."""
     return min((peers[n]["ms"] for n in names if "ms" in peers.get(n, {})), default=None)
@@ -61,6 +74,26 @@ def attention_line(result: dict[str, Any]) -> str:
     return "| " + " | ".join([*cells, show(result["ideal_ms"])]) + " |"
 
 
+def microseconds(entry: dict[str, Any]) -> str:
+    """A time, or a dash where the peer did not run."""
+    return f"{entry['us']:.2f}" if "us" in entry else "–"
+
+
+def factored_line(result: dict[str, Any]) -> str:
+    """One line of the table of factored maps."""
+    where = f"{result['size']}, {result['batch']}"
+    if "error" in result:
+        return f"| {where} | {result['error']} | | | | | | | |"
+    peers, ours = result["peers"], result["ours"]
+    cells = [where, microseconds(peers["dense"])]
+    cells += [microseconds(ours.get(terms, {})) for terms in ("1", "4", "16")]
+    cells += [microseconds(peers.get(name, {})) for name in ("low_rank_16x", "low_rank_4x")]
+    cells.append(" / ".join(microseconds(peers.get(name, {})) for name in ("int8", "int4")))
+    best = min((mine["us"] for mine in ours.values() if "us" in mine), default=None)
+    cells.append("–" if best is None else f"{peers['dense']['us'] / best:.1f}x")
+    return "| " + " | ".join(cells) + " |"
+
+
 def section(results: dict[str, Any]) -> str:
     """Everything measured on one device."""
     facts = results["environment"]
@@ -72,7 +105,13 @@ def section(results: dict[str, Any]) -> str:
     lines = [attention_line(result) for result in measured.get("rows", [])]
     skipped = measured.get("not_measured", [])
     text += ATTENTION + "\n".join(lines) + "\n" if lines else ""
-    return text + (f"\n{len(skipped)} rows were not measured: no time left.\n" if skipped else "")
+    text += f"\n{len(skipped)} rows were not measured: no time left.\n" if skipped else ""
+    factored = results.get("vvma", {})
+    lines = [factored_line(result) for result in factored.get("rows", [])]
+    text += FACTORED + "\n".join(lines) + "\n" if lines else ""
+    if factored.get("not_measured"):
+        text += f"\n{len(factored['not_measured'])} rows were not measured: no time left.\n"
+    return text
 
 
 def main() -> None:

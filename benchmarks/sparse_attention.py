@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from fxpress.kernels.sparse_attention import AttentionKernel, emit, launch
 from fxpress.ops import AttentionSite, layout_tiles, reference
 
 __all__ = ["measure"]
+
+Prepared = Future[tuple[Tensor, MaskLayout]]
 
 BYTES_PER_MS = 3.0e9
 TILES = ((64, 64), (64, 32), (128, 64), (128, 32), (128, 128), (64, 128))
@@ -236,14 +239,20 @@ def error_against_reference(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: 
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
+def prepare(row: Row) -> tuple[Tensor, MaskLayout]:
+    """The mask of a row, and its layout: work of the CPU, done while the GPU measures others."""
+    mask = draw(row)
+    return mask, compile_mask(mask, device="cpu", form="tiles", head_dim=row.width)
+
+
+def measure_row(row: Row, prepared: Prepared, deadline: float, *, tuning: bool) -> dict[str, Any]:
     """All figures of one line."""
     torch.manual_seed(0)
     shape = (row.batch, row.heads, row.length, row.width)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     scale = row.width**-0.5
-    mask = draw(row)
-    layout = compile_mask(mask, head_dim=row.width)
+    mask, layout = prepared.result()
+    layout = layout.to("cuda")
     default = Candidate.of(layout, q, k, v)
     run = default.runner(q, k, v, scale)
     error = error_against_reference(run(), q, k, v, mask)
@@ -270,15 +279,19 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
     """Measure all rows within about `seconds`; what no time was left for is named."""
     end = time.monotonic() + seconds
     done: list[dict[str, Any]] = []
-    for index, row in enumerate(ROWS):
-        left = end - time.monotonic()
-        if left < 0:
-            break
-        share = time.monotonic() + left / (len(ROWS) - index)
-        result = attempt(partial(measure_row, row, share, tuning=tuning))
-        done.append(result | {"row": row.__dict__})
-        print(summary(done[-1]), flush=True)
-        torch.cuda.empty_cache()
+    with ThreadPoolExecutor(2) as pool:
+        prepared = [pool.submit(prepare, row) for row in ROWS]
+        for index, row in enumerate(ROWS):
+            left = end - time.monotonic()
+            if left < 0:
+                pool.shutdown(cancel_futures=True)
+                break
+            share = time.monotonic() + left / (len(ROWS) - index)
+            # Popped, since masks of long sequences take gigabytes.
+            result = attempt(partial(measure_row, row, prepared.pop(0), share, tuning=tuning))
+            done.append(result | {"row": row.__dict__})
+            print(summary(done[-1]), flush=True)
+            torch.cuda.empty_cache()
     return {"rows": done, "not_measured": [row.__dict__ for row in ROWS[len(done) :]]}
 
 

@@ -78,15 +78,15 @@ class AttentionSite:
         return cls(
             facts=facts,
             dtype=q.dtype,
-            head_dim=q.shape[-1],
-            value_dim=v.shape[-1],
-            group=q.shape[1] // k.shape[1],
+            head_dim=int(q.shape[-1]),  # compilers may hand over sizes as symbols
+            value_dim=int(v.shape[-1]),
+            group=int(q.shape[1] // k.shape[1]),
             mask=mask,
-            mask_per_row=attn_mask is not None and attn_mask.shape[-2] != 1,
+            mask_per_row=attn_mask is not None and bool(attn_mask.shape[-2] != 1),
             causal=is_causal and not facts.causal,
-            short=q.shape[2] != facts.shape[1],
-            clipped=k.shape[2] != facts.shape[2],
-            shifted=q_offset != 0,
+            short=bool(q.shape[2] != facts.shape[1]),
+            clipped=bool(k.shape[2] != facts.shape[2]),
+            shifted=bool(q_offset != 0),
             positive=scale > 0,
         )
 

@@ -75,6 +75,7 @@ def test_cuda_graph(inputs: tuple[Tensor, Tensor, Tensor, MaskLayout]) -> None:
     assert torch.equal(out, sparse_attention(q, k, v, layout))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_compiles_whole_with_gradients(inputs: tuple[Tensor, Tensor, Tensor, MaskLayout]) -> None:
     q, k, v, layout = inputs
     tensors = list(layout.tensors)
