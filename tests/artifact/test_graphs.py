@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxpress
+from fxpress.artifact_graph import decode_program, encode_program
 from fxpress.artifact_targets import target_name, target_named
 from fxpress.artifact_values import (
     decode_signature,
@@ -213,6 +214,42 @@ def test_structures_that_are_none(data: Any) -> None:
 def test_leaves_and_nothing_are_apart() -> None:
     assert encode_structure(pytree.tree_structure(torch.ones(1))) is None
     assert decode_structure({"type": "tuple", "children": []}) == pytree.tree_structure(())
+
+
+class Counter(nn.Module):
+    """Multiplies by how often it was called."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * self.calls
+
+
+def test_buffers_are_updated_at_the_end() -> None:
+    program = fxpress.capture(Counter(), (torch.ones(2),))
+    graph, held = program.graph, dict(program.graph_module.named_buffers())
+    program.graph_module._non_persistent_buffers_set.add("calls")
+    with graph.inserting_before(graph.output_node()):
+        calls = next(iter(graph.find_nodes(op="get_attr")))
+        more = graph.call_function(torch.ops.aten.add.Tensor, (calls, 1))
+        graph.call_function(torch.ops.aten.copy_.default, (calls, more)).meta["epilogue"] = True
+    program.refresh()
+    program.graph_module.recompile()
+    data = encode_program(program, lambda tensor, path: path)
+    held = {name: buffer.clone() for name, buffer in held.items()}
+    back = decode_program(data, held, "cpu", torch.device("cpu"))
+    for _ in range(3):
+        assert_equivalent(back, program, (torch.ones(2),), exactness=BITWISE)
+    assert float(held["calls"]) == 4
+    assert not back.graph_module.state_dict()
+    next(n for n in data["nodes"] if n.get("epilogue"))["epilogue"] = False
+    with pytest.raises(ArtifactError, match="writes into its input outside of the epilogue"):
+        decode_program(data, held, "cpu", torch.device("cpu"))
 
 
 ALLOWED = [

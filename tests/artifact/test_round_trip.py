@@ -160,6 +160,19 @@ def test_a_pretrained_model_in_a_fresh_process(tmp_path: Path) -> None:
     assert_loads_anywhere(o, data[0], tmp_path)
 
 
+@pytest.mark.parametrize("form", [{"terms": 4, "block": 32}, {"rank": 64, "form": "low-rank"}])
+def test_factored_layers(form: dict[str, Any], tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    data = [torch.randn(1, 512) for _ in range(4)]
+    o = fxpress.optimize(layers, data, judge="off", config={"factor-vvma": form})
+    assert len(o.passes["factor-vvma"].rewrites) == 2
+    loaded = fxpress.load(o.save(tmp_path / "m"))
+    assert (tmp_path / "m" / "plan.safetensors").is_file()  # factors are too large to be inline
+    assert_equivalent(loaded, o, (data[0],), exactness=BITWISE)
+    assert loaded.plan.to_json() == o.plan.to_json()
+    assert list(loaded.passes["factor-vvma"].ledger) == ["0", "2"]
+
+
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path: Path) -> None:
     o = fxpress.optimize(Tagger().eval(), tagged(2, 3), judge="off")
     loaded = fxpress.load(o.save(tmp_path / "m"))
