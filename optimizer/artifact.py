@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import re
 import tempfile
 import warnings
@@ -156,7 +157,8 @@ def load(
     Args:
         path: a folder, or a `.zip`.
         model: the original model. Needed where a part of it stayed Python; otherwise it serves
-            calls that were not captured, attributes such as `.config`, and `without()`.
+            calls that were not captured, attributes such as `.config`, and `without()`, which
+            captures it again with default settings.
         device: where to put the tensors; where they were saved from when None, or on the CPU if
             there is no such device.
 
@@ -220,6 +222,7 @@ def _device(kind: str, wanted: torch.device | str | None) -> tuple[torch.device,
 
 @contextlib.contextmanager
 def _blamed(path: Path) -> Iterator[None]:
+    """Name the artifact in every error that its content causes."""
     try:
         yield
     except Exception as error:  # whatever data may do that is not as it was written
@@ -240,11 +243,27 @@ def _captured(
             f"{path} holds {len(decoded)} parts of a model whose rest stayed Python: "
             f"fxpress.load({str(path)!r}, model=...)"
         )
-    known = {name for name, _ in model.named_modules()} if model is not None else set(by_path)
-    for part in by_path:
-        if part not in known:
-            raise ArtifactError(f"{path} does not fit the model given: it has no module {part!r}")
-    return CapturedModel(model or _Absent(), by_path, failed, released=model is None)
+    if model is None:
+        return CapturedModel(_Absent(), by_path, failed, released=True)
+    for program in decoded:
+        if reason := _misfit(program, model):
+            raise ArtifactError(f"{path} does not fit the model given: {reason}")
+    return CapturedModel(model, by_path, failed)
+
+
+def _misfit(program: Program, model: nn.Module) -> str:
+    """Why a program was not captured from this model, or nothing."""
+    part = dict(model.named_modules()).get(program.path)
+    if part is None:
+        return f"it has no module {program.path!r}"
+    saved, present = list(program.signature.python.parameters), inspect.signature(part.forward)
+    if list(present.parameters) != saved:
+        return f"{program.path or 'it'} takes {list(present.parameters)}, not {saved}"
+    state = part.state_dict()
+    for name, tensor in program.graph_module.state_dict().items():
+        if name in state and state[name].shape != tensor.shape:
+            return f"{name} is {tuple(state[name].shape)} there, {tuple(tensor.shape)} as saved"
+    return ""
 
 
 def _restore_host(body: nn.Module, host: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -302,7 +321,7 @@ class _DenseMasks(Mapping[str, Tensor]):
 
 
 def _report(data: bytes, layouts: Mapping[str, MaskLayout], notes: list[str]) -> Report:
-    facts = parse_json(data, files.REPORT)
+    facts = parse_json(data, files.REPORT, constants=True)  # figures may be
     if not isinstance(facts, dict):
         raise ArtifactError(f"{files.REPORT} is damaged: it is no mapping")
     if notes:

@@ -43,8 +43,8 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """Parse strictly: UTF-8, no key twice, no NaN.
+def parse_json(data: bytes, where: str, *, constants: bool = False) -> Any:
+    """Parse strictly: UTF-8, no key twice, and NaN or Infinity only where `constants` allows it.
 
     Raises:
         ArtifactError: the bytes are no such text.
@@ -60,7 +60,8 @@ def parse_json(data: bytes, where: str) -> Any:
         raise ValueError(f"{word} is no JSON")
 
     try:
-        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
+        constant = float if constants else refuse
+        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} is damaged: {error}; {_AGAIN}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -256,6 +257,24 @@ def test_without_a_model_nothing_of_it_is_there(tmp_path: Path) -> None:
     assert_equivalent(again.without("prune-attention"), model, (x,))
     with pytest.warns(UserWarning, match="runs the original"):
         again(x[:1, :5])
+
+
+def test_another_model_does_not_fit(tmp_path: Path) -> None:
+    o = fxpress.optimize(nn.Linear(4, 4).eval(), [torch.ones(2, 4)] * 2, judge="off")
+    o.save(tmp_path / "m")
+    for other, reason in (
+        (nn.Linear(4, 5), r"weight is \(5, 4\) there, \(4, 4\) as saved"),
+        (nn.Bilinear(4, 4, 4), r"it takes \['input1', 'input2'\], not \['input'\]"),
+    ):
+        with pytest.raises(ArtifactError, match=f"does not fit the model given: {reason}"):
+            fxpress.load(tmp_path / "m", model=other)
+
+
+def test_figures_that_are_none_are_kept(tmp_path: Path) -> None:
+    o = fxpress.optimize(nn.Linear(4, 4).eval(), [torch.ones(2, 4)] * 2, judge="off")
+    o.report.facts["figures"] = [math.inf, -math.inf]
+    loaded = fxpress.load(o.save(tmp_path / "m"))
+    assert loaded.report.as_dict()["figures"] == [math.inf, -math.inf]
 
 
 def test_parts_in_python_come_from_the_model(tmp_path: Path) -> None:
