@@ -7,6 +7,7 @@ best dense form. Both figures go into every verdict. The total cost is capped.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from fxpress.timing import Timings, interleave
 __all__ = ["JUDGES", "Attempt", "Judge"]
 
 JUDGES = ("measured", "modelled", "off")
+_HAD_CORE = 0.8  # below it times are not trusted
+_BUSY = "other work kept the machine busy while times were taken"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,20 @@ class Judge:
         self.notes.append(f"judge_seconds={self.seconds:g} ran out: {consequence}")
         return True
 
+    def holds(self, name: str, module: nn.Module, strength: str) -> bool:
+        """Whether a module that was made otherwise keeps the budget; it counts as an attempt."""
+        return self._holds(module, strength, self.attempts.setdefault(name, []))
+
+    def nearest_miss(
+        self, name: str, proposals: Sequence[Proposal], reach: float
+    ) -> Proposal | None:
+        """The proposal over the budget that missed it least, by no more than a factor."""
+        assert self.quality is not None
+        missed = {a.strength: a.drop for a in self.attempts.get(name, []) if not a.holds}
+        within = reach * self.quality.budget
+        near = [p for p in proposals if missed.get(p.strength, math.inf) <= within]
+        return min(near, key=lambda p: missed[p.strength], default=None)
+
     def _holds(self, module: nn.Module, strength: str, tried: list[Attempt]) -> bool:
         assert self.quality is not None
         with self.progress.step(f"judge quality: {strength}", 1) as advance:
@@ -178,6 +195,7 @@ class Judge:
         if untimed := [site for site in sites if site not in timed]:
             names = ", ".join(untimed[:3]) + (f" and {len(untimed) - 3} more" * (len(untimed) > 3))
             self._out_of_time(f"not timed in isolation: {names}")
+        self._note_load(list(timed.values()))
         verdicts = []
         for site, timings in timed.items():
             faster = timings.is_faster("before", "after")
@@ -198,9 +216,25 @@ class Judge:
 
         seconds = max(3.0, min(25.0, self.time_left()))
         with self.progress.step("judge latency", None):
-            return interleave(
+            timings = interleave(
                 {name: runner(module) for name, module in modules.items()},
                 rounds=15,
                 seconds=seconds,
                 cuda=self.cuda,
+            )
+        self._note_load([timings])
+        return timings
+
+    def _note_load(self, timings: Sequence[Timings]) -> None:
+        """Say that a machine was too busy for its times to be those of an idle one.
+
+        Sparse operators suffer more than dense ones: they are many small parallel regions, and
+        at the end of each every thread waits for the last that gets a core
+        (docs/notes/judging-under-load.md).
+        """
+        least = min((t.had_core for t in timings), default=1.0)
+        if least < _HAD_CORE and not any(note.startswith(_BUSY) for note in self.notes):
+            self.notes.append(
+                f"{_BUSY} (the judge had a core for {least:.0%} of it): what was rolled back for "
+                "its time may be faster on an idle machine"
             )

@@ -19,9 +19,12 @@ class Timings:
 
     Attributes:
         samples: name -> one figure per round; the n-th figures of all were taken together.
+        had_core: share of the time for which the calling thread had a core; far below 1 where other
+            processes kept the machine busy. Not measured (1) where it waits for a device.
     """
 
     samples: Mapping[str, tuple[float, ...]]
+    had_core: float = 1.0
 
     def median(self, name: str) -> float:
         """Median milliseconds."""
@@ -66,13 +69,15 @@ def interleave(
         function()
     samples: dict[str, list[float]] = {name: [] for name in callables}
     names = list(callables)
-    start = time.perf_counter()
+    start, own_start = time.perf_counter(), time.thread_time()
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - start > seconds:
             break
         for name in names if index % 2 == 0 else reversed(names):
             samples[name].append(_once(callables[name], cuda))
-    return Timings({name: tuple(values) for name, values in samples.items()})
+    had_core = (time.thread_time() - own_start) / (time.perf_counter() - start)
+    taken = {name: tuple(values) for name, values in samples.items()}
+    return Timings(taken, 1.0 if cuda else had_core)
 
 
 def _once(function: Callable[[], Any], cuda: bool) -> float:

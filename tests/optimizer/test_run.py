@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from fxpress.pipeline import Pipeline, resolve_order
 from fxpress.regions import capture_model
 from fxpress.rewrite import Pass
 from fxpress.testing import BITWISE, assert_equivalent
-from fxpress.timing import Timings
+from fxpress.timing import Timings, interleave
 
 ONLY = {"prune-attention": False}
 CALLS: list[Call] = [((x,), {}) for x in batches()]
@@ -154,6 +155,19 @@ def test_a_pass_that_gains_nothing_for_the_objective_is_left_out_and_named() -> 
     o = fxpress.optimize(stack(), batches(), objective="memory", judge="modelled")
     assert not o.report.as_dict()["changed"]
     assert "prune-attention saves no memory" in str(o.report)
+
+
+def test_times_of_a_busy_machine_are_said_to_be_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, scaled(out0=1.01, out1=1.02))
+    busy = Timings({"before": (2.0,) * 4, "after": (3.0,) * 4}, had_core=0.42)
+    monkeypatch.setattr("fxpress.site_timing.interleave", lambda *_, **__: busy)
+    o = fxpress.optimize(stack(), batches(), config=ONLY, max_divergence=0.5)
+    (note,) = [n for n in o.report.as_dict()["notes"] if "busy" in n]
+    assert "had a core for 42% of it" in note
+
+
+def test_a_thread_that_has_no_core_is_noticed() -> None:
+    assert interleave({"asleep": lambda: time.sleep(0.01)}, rounds=3).had_core < 0.5
 
 
 def test_with_no_time_left_nothing_is_tried_and_that_is_said(
