@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from fxpress.errors import PlanError
+from fxpress.recover import RecoverConfig
 from fxpress.rewrite import Pass
 
 __all__ = ["OptimizeConfig", "nearest"]
@@ -37,11 +38,13 @@ class OptimizeConfig:
         passes: settings by pass name: a mapping of fields, or False to leave the pass out.
         overrides: module pattern -> `{"enable": False}`, or settings by pass name.
         judge_seconds: how long the judge may take in all.
+        recover: settings of recovery, or None for none.
     """
 
     passes: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     judge_seconds: float = 150.0
+    recover: RecoverConfig | None = field(default_factory=RecoverConfig)
 
     @staticmethod
     def of(wish: Any, passes: Mapping[str, type[Pass]], model: nn.Module) -> OptimizeConfig:
@@ -118,6 +121,7 @@ def _parse(wish: Mapping[str, Any], passes: Mapping[str, type[Pass]]) -> Optimiz
     seconds = settings.pop("judge_seconds", OptimizeConfig.judge_seconds)
     if not isinstance(seconds, (int, float)) or seconds <= 0:
         raise PlanError(f"config: judge_seconds is {seconds!r}: give a positive number")
+    recover = _recover(settings.pop("recover", True))
     chosen: dict[str, Any] = {}
     overrides: dict[str, Mapping[str, Any]] = {}
     for key, value in settings.items():
@@ -126,7 +130,18 @@ def _parse(wish: Mapping[str, Any], passes: Mapping[str, type[Pass]]) -> Optimiz
             overrides[key] = value
         else:
             chosen[key] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-    return OptimizeConfig(chosen, overrides, float(seconds))
+    return OptimizeConfig(chosen, overrides, float(seconds), recover)
+
+
+def _recover(wish: Any) -> RecoverConfig | None:
+    if wish is False or isinstance(wish, RecoverConfig):
+        return wish or None
+    if wish is True:
+        return RecoverConfig()
+    if not isinstance(wish, Mapping):
+        raise PlanError(f"config: recover is {wish!r}: give True, False or its settings")
+    settings: RecoverConfig = _settings("recover", RecoverConfig, wish)
+    return settings
 
 
 def _settings(name: str, kind: type, fields: Mapping[str, Any]) -> Any:

@@ -39,11 +39,13 @@ class Work:
         multiply_adds: of its products.
         bytes: read and written, each tensor once.
         slowdown: how much longer it takes for its multiply-adds than one large matrix product.
+        steps: calls that it is made of.
     """
 
     multiply_adds: float
     bytes: float
     slowdown: float = 1.0
+    steps: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Hardware:
         rates: multiply-adds per ms of a large matrix product, by dtype.
         bytes_per_ms: copied, read and written counted.
         call_ms: what a call costs by itself.
-        elementwise: slowdown of products that use no matrix unit.
+        factored: slowdown of the first stage of the vector-vector-matrix form.
+        factored_steps: calls that each of its stages is made of.
         attention: slowdown of dense attention, for its exponentials.
         sparse_attention: the same under a static mask, per cell computed.
     """
@@ -66,7 +69,8 @@ class Hardware:
     rates: Mapping[str, float]
     bytes_per_ms: float
     call_ms: float
-    elementwise: float = 1.0
+    factored: float = 3.0
+    factored_steps: float = 4.0
     attention: float = 1.7
     sparse_attention: float = 2.5
 
@@ -74,7 +78,8 @@ class Hardware:
         """Milliseconds of some calls, one after another."""
         rate = self.rates.get(_dtype_name(dtype), min(self.rates.values()))
         return sum(
-            self.call_ms + max(w.multiply_adds * w.slowdown / rate, w.bytes / self.bytes_per_ms)
+            w.steps * self.call_ms
+            + max(w.multiply_adds * w.slowdown / rate, w.bytes / self.bytes_per_ms)
             for w in calls
         )
 
@@ -111,15 +116,16 @@ def vvma_work(
         terms: r.
         tokens: vectors that one call maps.
         itemsize: bytes of a number.
-        hardware: its matrix units do not serve the first stage.
+        hardware: its matrix units hardly serve the first stage.
         cores: sets of r cores that are held, one per output piece with share="row".
     """
     m, n = shape
     p, q = -(-m // block), -(-n // block)
     vectors, sums = terms * p * q * block, tokens * terms * p * block
-    first = Work(vectors * tokens, itemsize * (vectors + tokens * n + sums), hardware.elementwise)
-    core = cores * terms * block * block
-    return [first, Work(sums * block, itemsize * (core + sums + tokens * m))]
+    core, steps = cores * terms * block * block, hardware.factored_steps
+    read = itemsize * (vectors + tokens * n + sums)
+    products = Work(sums * block, itemsize * (core + sums + tokens * m), steps=steps)
+    return [Work(vectors * tokens, read, hardware.factored, steps), products]
 
 
 def attention_work(
@@ -147,7 +153,7 @@ _CPU_THREAD = Hardware(
     "cpu",
     "cpu",
     {"float32": 4.2e7, "float64": 2.1e7, "bfloat16": 4e6, "float16": 4e6},
-    2.5e7,
+    3.1e7,
     6e-3,
 )
 _H100 = Hardware(
@@ -156,7 +162,8 @@ _H100 = Hardware(
     {"bfloat16": 3.9e11, "float16": 3.9e11, "float32": 2.6e10},
     3.0e9,
     3.5e-3,
-    elementwise=60.0,
+    factored=60.0,
+    factored_steps=0.4,
 )
 
 
@@ -192,7 +199,7 @@ def _measure(device: torch.device, name: str) -> Hardware:
     other, small = torch.empty_like(large), large[:16]
     bandwidth = 2 * large.numel() / _time(lambda: other.copy_(large))
     call_ms = _time(lambda: [torch.neg(small) for _ in range(100)]) / 100
-    return Hardware(name, "cuda", rates, bandwidth, call_ms, _H100.elementwise)
+    return Hardware(name, "cuda", rates, bandwidth, call_ms, _H100.factored, _H100.factored_steps)
 
 
 def _time(function: Callable[[], object]) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
+
 from fxpress.capture import Call
 from fxpress.program import Program
 from fxpress.progress import Progress
@@ -72,6 +74,10 @@ class PlannedPass(Pass):
     """
 
     objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+
+    def trainable(self, program: Program) -> Mapping[tuple[str, str], nn.Parameter]:  # noqa: ARG002
+        """What recovery may train: (site, key of its decision) -> parameter."""
+        return {}
 
     @abstractmethod
     def propose(self, ctx: PlanContext) -> list[Proposal]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,6 +19,22 @@ __all__ = ["Report"]
 SCHEMA = 1
 _HEATMAP_SITES = 12
 _HEATMAP_CELLS = 256
+
+
+def _curve(recovery: Mapping[str, Any]) -> str:
+    """The checks as points of a 400 x 100 picture, losses on a logarithmic scale."""
+    steps, losses = zip(*recovery["checks"], strict=True)
+    logs = [math.log(max(loss, 1e-12)) for loss in losses]
+    low, high = min(logs), max(logs)
+    return " ".join(
+        f"{400 * step / max(steps[-1], 1):.1f},{98 - 96 * (value - low) / ((high - low) or 1):.1f}"
+        for step, value in zip(steps, logs, strict=True)
+    )
+
+
+def _milliseconds(site: dict[str, Any]) -> list[str]:
+    found = (site.get(key) for key in ("ms_before", "ms_after"))
+    return ["-" if ms is None else f"{ms:.3g}" for ms in found]
 
 
 def _percent(share: float) -> str:
@@ -111,18 +128,38 @@ class Report:
             for a in self.facts["attempts"].get(p["name"], []):
                 verdict = "holds" if a["holds"] else "over budget"
                 lines.append(f"  tried {a['strength']}: drop {a['drop']:.4g}, {verdict}")
+            if r := p.get("recovery"):
+                losses = " -> ".join(
+                    f"{value:.4g}" for _, value in (r["checks"][0], r["checks"][-1])
+                )
+                lines.append(
+                    f"  recovered {r['strength']}: loss {losses} in {len(r['losses'])} steps, "
+                    f"{r['seconds']:.1f} s: {r['stopped']}"
+                )
         return lines
 
     def _sites(self) -> list[str]:
-        rewritten = [s for s in self.facts["sites"] if "tile_density" in s]
-        if not rewritten:
-            return []
+        return [*self._pruned(), *self._factored()]
+
+    def _pruned(self) -> list[str]:
         rows = [["site", "kind", "pruned", "live", "tiles", "ms dense", "ms now"]]
-        for s in rewritten:
-            ms = [f"{s[k]:.2f}" if s.get(k) is not None else "-" for k in ("ms_before", "ms_after")]
-            densities = [_percent(s[k]) for k in ("pruned", "live_density", "tile_density")]
-            rows.append([s["site"], s["kind"], *densities, *ms])
-        return ["", *_table(rows)]
+        for s in self.facts["sites"]:
+            if "tile_density" in s:
+                shares = [_percent(s[k]) for k in ("pruned", "live_density", "tile_density")]
+                rows.append([s["site"], s["kind"], *shares, *_milliseconds(s)])
+        return ["", *_table(rows)] if rows[1:] else []
+
+    def _factored(self) -> list[str]:
+        rows = [["site", "form", "error", "parameters", "multiply-adds", "ms dense", "ms now"]]
+        for s in self.facts["sites"]:
+            if "form" in s:
+                falls = [
+                    f"{s[k]['before']:,} -> {s[k]['after']:,}"
+                    for k in ("parameters", "multiply_adds")
+                ]
+                error = f"{s['relative_error']:.3f}"
+                rows.append([s["site"], s["form"], error, *falls, *_milliseconds(s)])
+        return ["", *_table(rows)] if rows[1:] else []
 
     def _notes(self) -> list[str]:
         lines = [f"note: {note}" for note in self.facts["notes"]]
@@ -146,6 +183,7 @@ class Report:
         template = resources.files("fxpress").joinpath("report.html.j2").read_text("utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters["percent"] = _percent
+        environment.filters["curve"] = _curve
         pictures = {s: _heatmap(m) for s, m in list(self.masks.items())[:_HEATMAP_SITES]}
         page = environment.from_string(template).render(
             pictures=pictures, text=str(self), more=len(self.masks) - len(pictures), **self.facts

@@ -162,6 +162,7 @@ class PassRecord:
         ledger: per site, the figures of the rewrite (densities, parameters, bytes, multiply-adds).
         masks: per site, the compiled mask (attention pruning).
         mean_attention: per site, the mean attention map (H, Nq, Nk) (attention pruning).
+        recovery: how a proposal was trained back into the budget; None where none was.
     """
 
     name: str
@@ -175,6 +176,7 @@ class PassRecord:
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, MaskLayout] = field(default_factory=dict)
     mean_attention: dict[str, Tensor] = field(default_factory=dict)
+    recovery: dict[str, Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """How often each rule was applied."""
@@ -199,6 +201,7 @@ class PassRecord:
         self.ledger |= other.ledger
         self.masks |= other.masks
         self.mean_attention |= other.mean_attention
+        self.recovery = self.recovery or other.recovery
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -210,6 +213,7 @@ class PassRecord:
             "declined": [d.as_dict() for d in self.declined],
             "rolled_back": [r.as_dict() for r in self.rolled_back],
             "seconds": round(self.seconds, 4),
+            "recovery": self.recovery,
         }
 
 

@@ -25,6 +25,7 @@ from fxpress.plan import Plan, Verdict, describe_call
 from fxpress.planning import Decisions, PlanContext, PlannedPass, Proposal
 from fxpress.progress import Progress
 from fxpress.quality import Quality
+from fxpress.recover import distill
 from fxpress.regions import CapturedModel, capture_model
 from fxpress.report import Report
 from fxpress.rewrite import Pass, PassRecord, RolledBack
@@ -125,9 +126,10 @@ class Run:
         proposals = self._proposals(kind, data, record)
         with judge.at_work():
             decisions = judge.strongest(kind.name, proposals, lambda d: self._trial(kind, d))
+            decisions = self._recovered(kind, proposals, data, judge, record) or decisions
             if decisions:
                 self.plan.decisions[kind.name] = decisions
-            if proposals and not decisions:
+            if proposals and not decisions and judge.mode != "off":
                 self.plan.verdicts[kind.name] = [judge.nothing_holds(kind.name)]
             elif decisions:
                 self._judge_gain(kind, decisions, judge)
@@ -154,6 +156,46 @@ class Run:
                 progress=self.progress,
             )
         )
+
+    def _recovered(
+        self,
+        kind: type[PlannedPass],
+        proposals: Sequence[Proposal],
+        data: Calibration,
+        judge: Judge,
+        record: PassRecord,
+    ) -> Decisions | None:
+        """Decisions of the proposal that missed the budget least, if training brings it back."""
+        settings = self.config.recover
+        if settings is None or judge.mode == "off" or not proposals:
+            return None
+        proposal = judge.nearest_miss(kind.name, proposals, settings.reach)
+        if proposal is None:
+            return None
+        captured = self.captured.copy()
+        decisions = _own_tensors(proposal.decide())
+        trial = self._pipeline.trial().run(kind, captured, decisions)
+        programs = captured.programs.values()
+        trained = {key: p for program in programs for key, p in kind().trainable(program).items()}
+        if not trained:
+            return None
+        recovery = distill(
+            self.model,
+            captured.build(),
+            list(trained.values()),
+            data.profile,
+            settings,
+            strength=proposal.strength,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        record.recovery = recovery.as_dict()
+        module = self._module(captured, {**self.records, kind.name: trial})
+        if not judge.holds(kind.name, module, f"{proposal.strength}, recovered"):
+            return None
+        for (site, key), parameter in trained.items():
+            decisions[site][key] = parameter.detach().clone()
+        return decisions
 
     # Judging -------------------------------------------------------------------------------------
 
@@ -272,6 +314,14 @@ class Run:
         return any(
             self.records[kind.name].rewrites for kind in self.planned() if kind.name in self.records
         )
+
+
+def _own_tensors(decisions: Decisions) -> Decisions:
+    """Decisions whose tensors can be trained without changing others."""
+    return {
+        site: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in decision.items()}
+        for site, decision in decisions.items()
+    }
 
 
 def _distinct(items: Sequence[Any]) -> list[Any]:

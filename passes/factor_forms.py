@@ -176,6 +176,8 @@ def predicted_errors(
 ) -> dict[Form, float]:
     """Squared relative error of the outputs under each form, by the diagonal of the moment.
 
+    From above where a block does not divide the sizes: errors in the padding count.
+
     Args:
         weight: (m, n).
         moment: mean of x^2 (n,) or of x x' (n, n), or None for inputs of one size.

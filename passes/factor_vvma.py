@@ -41,6 +41,10 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
 }
+_FACTORS: dict[Any, tuple[str, str]] = {
+    torch.ops.fxpress.vvma_linear.default: ("core", "vectors"),
+    torch.ops.fxpress.low_rank_linear.default: ("down", "up"),
+}
 _GELU: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -90,6 +94,15 @@ class FactorVvma(PlannedPass):
             ctx.record.declined += [Decline(reason, site.node, site.name) for _, site in sites]
             return []
         return propose_forms(ctx, sites, configs, hardware_of(_device(sites[0][0])))
+
+    def trainable(self, program: Program) -> dict[tuple[str, str], nn.Parameter]:
+        """The factors."""
+        found = {}
+        for node in program.graph.nodes:
+            for key, source in zip(_FACTORS.get(node.target, ()), node.args[1:3], strict=False):
+                parameter = attribute(program.graph_module, str(source.target))
+                found[node.meta["provenance"].site, key] = parameter
+        return found
 
     def run(self, program: Program, ctx: PassContext) -> PassRecord:
         """Apply `ctx.decisions`: site -> `{"form", "core", "vectors"}` or `{..., "down", "up"}`."""
