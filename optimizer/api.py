@@ -19,6 +19,7 @@ from fxpress.config import OptimizeConfig
 from fxpress.errors import PlanError
 from fxpress.facts import report_of
 from fxpress.judge import JUDGES
+from fxpress.lowered import trace
 from fxpress.optimized import OptimizedModule
 from fxpress.passes import all_passes
 from fxpress.plan import Plan
@@ -143,11 +144,13 @@ def _result(run: Run, original: nn.Module, keep: bool | str) -> OptimizedModule:
     if keep == "cpu" and _device_of(original).type != "cpu":
         kept = copy.deepcopy(original).to("cpu")
     stays = keep is True or (keep == "cpu" and run.device.type == "cpu")
+    report = report_of(run)
+    trace(report, run.captured)
     return OptimizedModule(
         run.captured if stays else run.captured.release(),
         passes=run.records,
         plan=run.plan,
-        report=report_of(run),
+        report=report,
         original=kept,
         rebuild=None if kept is None else _rebuilder(run, kept, keep),
     )

@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| `FXPRESS_DEBUG` | 1: tracebacks; 2: counts per rule; 3: graphs between passes |
+| `FXPRESS_DEBUG` | 1: tracebacks, reports; 2: counts per rule; 3: graphs between passes; 4: kernels |
 | `FXPRESS_DUMP` | folder that receives graphs and kernels as files |
 | `FXPRESS_FUEL` | apply only the first n rewrites (bisection) |
 | `FXPRESS_CACHE` | folder for generated kernels and converted models; default `~/.cache/fxpress` |
@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fxpress.errors import PlanError
 
-__all__ = ["cache_folder", "debug_level", "dump_folder", "fuel"]
+__all__ = ["cache_folder", "debug_level", "dump_folder", "fuel", "limited_fuel"]
 
 
 def _whole_number(name: str) -> int | None:
@@ -35,6 +37,20 @@ def debug_level() -> int:
 def fuel() -> int | None:
     """How many rewrites may be applied in all; None: no limit."""
     return _whole_number("FXPRESS_FUEL")
+
+
+@contextlib.contextmanager
+def limited_fuel(units: int) -> Iterator[None]:
+    """Let runs that begin within apply only the first `units` rewrites, by `FXPRESS_FUEL`."""
+    before = os.environ.get("FXPRESS_FUEL")
+    os.environ["FXPRESS_FUEL"] = str(units)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FXPRESS_FUEL"]
+        else:
+            os.environ["FXPRESS_FUEL"] = before
 
 
 def dump_folder() -> Path | None:
