@@ -102,7 +102,7 @@ class _Trainer:
 
     original: nn.Module
     candidate: nn.Module
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[Tensor]
     rate: float
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class _Trainer:
 def distill(
     original: nn.Module,
     candidate: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     calls: Sequence[Call],
     settings: RecoverConfig,
     *,
