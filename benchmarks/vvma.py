@@ -7,7 +7,6 @@ what they cost in decoding. Weights are drawn, not trained: this measures kernel
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxpress.kernels.vvma_linear import VvmaKernel, emit, kernels_of, launch
+from fxpress.kernels.vvma_linear import (
+    VvmaKernel,
+    emit,
+    kernels_of,
+    launch,
+    products_of,
+    sums_of,
+    whole_of,
+)
 from fxpress.ops.low_rank_linear import low_rank_linear
 from fxpress.ops.vvma_linear import VvmaSite, vvma_linear, vvma_reference
 
@@ -181,32 +188,37 @@ def ours(row: Row, weights: Factors, x: Tensor) -> dict[str, Any]:
     return chain([_apply(vvma_linear, *pair) for pair in weights], x) | facts
 
 
-def candidates(kernels: tuple[VvmaKernel, ...]) -> Iterator[tuple[VvmaKernel, ...]]:
+def candidates(one: VvmaKernel, batch: int) -> Iterator[tuple[VvmaKernel, ...]]:
     """Launch options around those that the table gives, and the other number of launches."""
-    base = kernels[0]
-    terms, block = base.terms, base.block
-    whole = replace(base, stage="whole")
-    sums = replace(base, stage="sums")
-    products = replace(base, stage="products", rows=16, warps=4)
-    rows = (1,) if base.rows == 1 else (1, 2, 4, 8)
-    sizes = [
-        (r, w, n) for r, w, n in itertools.product(rows, (base.width, base.width // 2), (2, 4, 8))
-    ]
-    for overlap, (row, width, warps) in itertools.product((True, False), sizes):
-        options: Any = {"rows": row, "width": width, "warps": warps, "overlap": overlap}
-        if terms <= 4:
-            yield (replace(whole, **options),)
-    for row, width, warps in sizes if terms > 1 else []:
-        first = replace(sums, rows=row, width=width, warps=warps, overlap=True)
-        for columns, stages in ((16, 3), (8, 3), (32, 4)):
-            second = replace(products, width=min(columns, block), stages=stages, overlap=True)
-            yield first, second
+    sums, products = sums_of(one, batch), products_of(one)
+    if one.terms <= 4:
+        yield (one,)
+        yield (replace(one, warps=max(one.warps // 2, 2)),)
+    yield sums, products
+    changes: tuple[dict[str, int], ...] = (
+        {"warps": max(sums.warps // 2, 1)},
+        {"group": 1, "warps": max(sums.warps // sums.group, 2)},
+        {"group": 4, "warps": 8 if sums.width > 32 else 4},
+    )
+    if batch > 1:
+        changes = (
+            {"rows": max(sums.rows // 2, 1)},
+            {"rows": sums.rows * 2},
+            {"warps": sums.warps * 2},
+        )
+    for change in changes:
+        changed = replace(sums, **change)  # type: ignore[arg-type]
+        if changed != sums:
+            yield changed, products
+    if products.group > 1:
+        yield sums, replace(products, width=32)
+        yield sums, replace(products, group=1, width=32, warps=4, stages=4)
 
 
 def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[str, Any]]:
     """Time candidates until the deadline, fastest first in the result."""
     results: list[dict[str, Any]] = []
-    for specs in candidates(kernels_of(site(row, weights), overlap=True)):
+    for specs in candidates(whole_of(site(row, weights), overlap=True), row.batch):
         if time.monotonic() > deadline:
             break
         loaded = [(emit(s).load().kernel, s) for s in specs]
@@ -215,23 +227,24 @@ def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[st
             return launch(loaded, x, core, vectors, None)
 
         chained = partial(chain, [_apply(layer, *pair) for pair in weights], x)
-        kept = ("stage", "rows", "width", "warps", "stages", "overlap")
+        kept = ("stage", "group", "rows", "width", "warps", "stages", "overlap")
         facts = {"kernels": [{k: getattr(s, k) for k in kept} for s in specs]}
         results.append(attempt(chained) | facts)
     return sorted(results, key=lambda result: float(result.get("us", 1e9)))
 
 
 def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
-    """All figures of one line."""
+    """All figures of one line; of candidates only, where they are tuned."""
     torch.manual_seed(0)
     x = torch.randn(row.batch, row.size, device="cuda", dtype=torch.bfloat16)
-    result: dict[str, Any] = {"peers": peers(row, x), "ours": {}}
-    for index, terms in enumerate(TERMS):
+    result: dict[str, Any] = {"peers": {} if tuning else peers(row, x), "ours": {}}
+    counts = [t for t in TERMS if t > 1 and t in row.targets] or [1] if tuning else TERMS
+    for index, terms in enumerate(counts):
         weights = factors(row.size, terms)
         mine = attempt(partial(ours, row, weights, x))
         if tuning:
             left = deadline - time.monotonic()
-            share = time.monotonic() + left / (len(TERMS) - index)
+            share = time.monotonic() + left / (len(counts) - index)
             mine["tuned"] = tune(row, weights, x, share)[:8]
         result["ours"][str(terms)] = mine
         del weights
@@ -242,20 +255,22 @@ def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
 def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
     """Measure all rows within about `seconds`; what no time was left for is named."""
     end = time.monotonic() + seconds
+    # Several terms have most to tune.
+    rows = sorted(ROWS, key=lambda row: 4 not in row.targets) if tuning else list(ROWS)
     done: list[dict[str, Any]] = []
     with torch.no_grad():
-        for index, row in enumerate(ROWS):
+        for index, row in enumerate(rows):
             left = end - time.monotonic()
             if left < 0:
                 break
-            share = time.monotonic() + left / (len(ROWS) - index)
+            share = time.monotonic() + left / (len(rows) - index)
             result = attempt(partial(measure_row, row, share, tuning=tuning))
             done.append(result | {"size": row.size, "batch": row.batch})
             print(summary(row, done[-1]), flush=True)
             torch.cuda.empty_cache()
     return {
         "rows": done,
-        "not_measured": [[row.size, row.batch] for row in ROWS[len(done) :]],
+        "not_measured": [[row.size, row.batch] for row in rows[len(done) :]],
     }
 
 
@@ -270,12 +285,12 @@ def summary(row: Row, result: dict[str, Any]) -> str:
         reach = row.targets.get(int(terms))
         took = f"{mine['us']:.2f}" if "us" in mine else f"({mine['error']})"
         line += f" | r={terms} {took}" + (f" (reach {reach})" if reach else "")
-        for tuned in mine.get("tuned", [])[:3]:
+        for tuned in mine.get("tuned", []):
             took = f"{tuned['us']:.2f}" if "us" in tuned else tuned["error"]
             options = "; ".join(
                 " ".join(f"{k}={v}" for k, v in kernel.items()) for kernel in tuned["kernels"]
             )
-            line += f"\n    {took} {options}\n   "
+            line += f"\n    {took} {options}"
     return line
 
 

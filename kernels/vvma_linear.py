@@ -3,15 +3,16 @@
     y_i = act(sum_t M_t z_ti + b_i),    z_ti = sum_j v_tij * x_j
 
 At small batch the call is as fast as its vectors are read, and a launch costs as much as reading
-3 MB. Few terms: one kernel, a program per output piece (and group of rows), keeps z on chip. Many
-terms: one kernel stores z, a program per piece and term, so that all multiprocessors read; a second
-one multiplies by the cores on tensor cores.
+3 MB. Little to read again for each row: one kernel, a program per output piece and row, keeps z on
+chip. Otherwise one kernel stores z, a program per few pieces of all terms, which reads its vectors
+once for all rows of x, so that all multiprocessors read; a second one multiplies by the cores on
+tensor cores, terms apart, so that no product waits for another.
 
-Each row is a tile of its own, unrolled in the text: rows, vectors and core then have one layout,
-and nothing moves between threads but the two sums. From compute capability 9.0 on a kernel is
-launched while the one before it still runs (programmatic dependent launch): until it has to wait
-for that one's results, it only prefetches its weights into the L2 cache, which is safe even if they
-are being written.
+A program asks for all it reads at once and sums what terms or pieces it has as one tile: x, vectors
+and core have one layout, and nothing moves between threads but sums. From compute capability 9.0 on
+a kernel is launched while the one before it still runs (programmatic dependent launch): until it
+has to wait for that one's results, it only prefetches its weights into the L2 cache, which is safe
+even if they are being written.
 """
 
 from __future__ import annotations
@@ -29,10 +30,24 @@ from fxpress.lowering import Lowering, register
 from fxpress.ops.vvma_linear import VvmaSite
 from fxpress.rewrite import Decline
 
-__all__ = ["VvmaKernel", "emit", "kernels_of", "launch", "parameters"]
+__all__ = [
+    "VvmaKernel",
+    "emit",
+    "kernels_of",
+    "launch",
+    "parameters",
+    "products_of",
+    "sums_of",
+    "whole_of",
+]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LINE = 128  # bytes of a cache line
+_TILE = 8192  # elements of one operand that a program sums at a time
+_SHARED = 65536  # bytes of shared memory of a program: three fit on a multiprocessor
+_PROGRAMS = 1024  # some for every quarter of every multiprocessor of a large device
+_COLUMNS = 16  # the least that a tensor core multiplies at a time
+_REREAD = 2**24  # bytes that one kernel may read from the L2 cache, row by row
 
 _ACTIVATIONS = {
     "relu": "tl.maximum({y}, 0.0)",
@@ -59,7 +74,8 @@ class VvmaKernel:
         shared: whether the cores are shared by all output pieces.
         bias: whether there is one.
         activation: its name, or None.
-        rows: rows of x that a program serves; of z in "products".
+        group: terms at a time; in "sums" output pieces of a program, counted over all terms.
+        rows: rows of x that a program serves, one in "whole"; of z in "products".
         width: input tiles read at a time; output columns of a program in "products".
         overlap: whether the launch overlaps with the kernel before it.
         warps: warps of a program.
@@ -75,6 +91,7 @@ class VvmaKernel:
     shared: bool = True
     bias: bool = False
     activation: str | None = None
+    group: int = 1
     rows: int = 1
     width: int = 64
     overlap: bool = False
@@ -86,33 +103,79 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _group(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(size & -size, 1 << max(most, 1).bit_length() - 1)
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps whose threads hold `each` elements of a tile."""
+    return min(max(elements // (32 * each), 2), 8)
+
+
 def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ...]:
     """The kernels that serve a site, in the order of their launches."""
-    p, q = site.tiles
-    rows = 1 if site.batch == 1 else 2 if site.batch <= 8 else 4
-    width = min(_power_of_two(q), 8192 // site.block, 16384 // (site.block * rows))
-    one = VvmaKernel(
+    (p, q), k, r = site.tiles, site.block, site.terms
+    one = whole_of(site, overlap=overlap)
+    read = site.batch * r * p * (q + k) * k * site.dtype.itemsize
+    if not site.shared or (r <= 4 and k <= 128 and read <= _REREAD):
+        return (one,)
+    return sums_of(one, site.batch), products_of(one)
+
+
+def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
+    """One kernel that serves a site."""
+    q, k, r = site.tiles[1], site.block, site.terms
+    width = min(_power_of_two(q), (_TILE if site.batch == 1 else _TILE // 2) // k)
+    terms = _group(r, 2 * _TILE // (k * max(width, k)))
+    return VvmaKernel(
         stage="whole",
         dtype=_DTYPES[site.dtype],
-        block=site.block,
-        terms=site.terms,
+        block=k,
+        terms=r,
         tiles=site.tiles,
         features=site.features,
         shared=site.shared,
         bias=site.bias,
         activation=site.activation,
-        rows=rows,
+        group=terms,
         width=width,
         overlap=overlap,
-        # Sums that are carried from step to step take registers for each row.
-        warps=8 if max(width * (rows if q > width else 1), site.block) * site.block > 4096 else 4,
+        warps=_warps(terms * max(width, k) * k, 32 if site.batch == 1 else 64),
     )
-    if not site.shared or (site.terms <= 2 and site.block <= 128):
-        return (one,)
-    columns = 16 if p * max(site.batch, 1) <= 512 else 32
-    return (
-        replace(one, stage="sums", bias=False, activation=None),
-        replace(one, stage="products", rows=16, width=min(columns, site.block), warps=4),
+
+
+def sums_of(one: VvmaKernel, batch: int) -> VvmaKernel:
+    """The first of two kernels that compute what `one` does."""
+    (p, q), k = one.tiles, one.block
+    width = min(_power_of_two(q), _TILE // k)
+    group = _group(one.terms * p, min(2, _TILE // (width * k))) if batch == 1 else 1
+    return replace(
+        one,
+        stage="sums",
+        bias=False,
+        activation=None,
+        group=group,
+        # Fewer rows a program where there are too few programs to hide what each waits for.
+        rows=min(batch, 8, max(2, _power_of_two(batch * one.terms * p // _PROGRAMS))) or 1,
+        width=width,
+        warps=_warps(group * width * k, 64),
+    )
+
+
+def products_of(one: VvmaKernel) -> VvmaKernel:
+    """The second one."""
+    k, size = one.block, getattr(torch, one.dtype).itemsize
+    staged = size if size == 2 else 2 * size  # products in float32 use no tensor core
+    group = _group(one.terms, _SHARED // (2 * _COLUMNS * k * staged))
+    return replace(
+        one,
+        stage="products",
+        group=group,
+        rows=16,
+        width=_COLUMNS if group > 1 else min(32, k),
+        warps=min(max(group, 4), 8),
+        stages=3 if group > 1 else 4,
     )
 
 
@@ -140,7 +203,8 @@ def _header(s: VvmaKernel) -> str:
     facts = [does, f"n = {n} in {q} pieces, m = {m} in {p} pieces of {s.block} lanes: {s.dtype}"]
     facts += [f"{s.terms} terms"] * (s.terms > 1)
     facts += ["each output piece has cores of its own"] * (not s.shared)
-    facts += [f"{s.rows} rows a program"]
+    facts += [f"{s.group} terms at a time"] * (s.group > 1 and s.stage != "sums")
+    facts += [f"{s.rows} rows a program"] * (s.rows > 1)
     listed = "\n".join(f"- {fact}" for fact in facts)
     overlap = "from triton.language.extra import cuda\n" * s.overlap
     return f'''"""fxpress::vvma_linear, generated by fxpress.kernels.vvma_linear.
@@ -157,23 +221,24 @@ def _indent(lines: Sequence[str]) -> list[str]:
     return [f"    {line}" for line in lines]
 
 
-def _wait(s: VvmaKernel, weights: str) -> list[str]:
-    """Let the next kernel start, prefetch a piece of vectors, wait for the kernel before."""
+def _wait(s: VvmaKernel, weights: dict[str, int]) -> list[str]:
+    """Let the next kernel start, prefetch weights, wait for the kernel before.
+
+    `weights` are addresses, with the number of elements to prefetch from each.
+    """
     if not s.overlap:
         return []
-    size = torch.finfo(getattr(torch, s.dtype)).bits // 8
-    lines = max(1, s.tiles[1] * s.block * size // _LINE)
+    each = _LINE // getattr(torch, s.dtype).itemsize
     asm = '"prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l"'
-    line = f"tl.minimum(tl.arange(0, {_power_of_two(lines)}), {lines - 1}) * {_LINE // size}"
-    prefetch = [
-        f"line = {weights} + {line}",
-        f"tl.inline_asm_elementwise({asm}, [line.to(tl.int64)], tl.int32, False, 1)",
-    ]
-    return [
-        "cuda.gdc_launch_dependents()",
-        *(prefetch if weights else []),
-        "cuda.gdc_wait()",
-    ]
+    lines = ["cuda.gdc_launch_dependents()"]
+    for at, elements in weights.items():
+        count = max(1, elements // each)
+        line = f"tl.arange(0, {_power_of_two(count)})"
+        if count & (count - 1):
+            line = f"tl.minimum({line}, {count - 1})"
+        lines.append(f"line = {at} + {line} * {each}")
+        lines.append(f"tl.inline_asm_elementwise({asm}, [line.to(tl.int64)], tl.int32, False, 1)")
+    return [*lines, "cuda.gdc_wait()"]
 
 
 def _load(at: str, guards: list[str]) -> str:
@@ -197,130 +262,133 @@ def _bias(s: VvmaKernel, at: str) -> list[str]:
     return [f"bias = {_load(f'BIAS + {at}', guards)}"] * s.bias
 
 
-def _inputs(s: VvmaKernel) -> list[str]:
-    """Where the program's rows of x are."""
-    lines = [
-        f"b = tl.program_id(0) * {s.rows}" if s.rows > 1 else "b = tl.program_id(0)",
-        f"j = tl.arange(0, {s.width})",
-        f"c = tl.arange(0, {s.block})",
-        f"at = j[:, None] * {s.block} + c[None, :]",
-    ]
-    for row in range(s.rows):
-        # Rows past the last repeat it: they are computed and not stored.
-        index = f"tl.minimum(b + {row}, batch - 1)" if s.rows > 1 else "b"
-        lines.append(f"x_at_{row} = X + {index} * x_row + at")
-    return lines
-
-
-def _sums(s: VvmaKernel) -> list[str]:
-    """z_0, z_1, ... of the program's rows under the vectors at v_at."""
+def _sums(s: VvmaKernel, v_at: str) -> tuple[list[str], list[str]]:
+    """Lines that read what all rows share, if it fits in registers, and lines that make z."""
     q, n = s.tiles[1], s.features[1]
     once = q <= s.width
     offset = "" if once else f" + start * {s.block}"
-    j = "j[:, None]" if once else "(start + j[:, None])"
-    v_guard = [f"{j} < {q}"] if q % s.width else []
-    x_guard = [f"at{offset} < {n}"] if n < q * s.block else v_guard
-    body = [f"v = {_load(f'v_at{offset}', v_guard)}"]
+    j = "j[:, None]" if once else "start + j[:, None]"
+    padded = -(-q // s.width) * s.width * s.block
+    v = _load(f"{v_at}{offset}", [f"{j} < {q}"] if q % s.width else [])
+    x = _load(f"x_at{offset}", [f"at{offset} < {n}"] if n < padded else [])
+    axis = 1 if s.group > 1 else 0
     if once:
-        return body + [f"z_{row} = tl.sum(v * x_{row}, 0)" for row in range(s.rows)]
-    loads = [_load(f"x_at_{row}{offset}", x_guard) for row in range(s.rows)]
-    body += [f"sum_{row} += v * {load}" for row, load in enumerate(loads)]
-    zeros = f"tl.zeros(({s.width}, {s.block}), tl.float32)"
-    return [
-        *(f"sum_{row} = {zeros}" for row in range(s.rows)),
+        return [f"v = {v}"], [f"x = {x}", f"z = tl.sum(v * x, {axis})"]
+    shape = [s.group] * (s.group > 1) + [s.width, s.block]
+    return [], [
+        f"z = tl.zeros({tuple(shape)}, tl.float32)",
         f"for start in range(0, {q}, {s.width}):",
-        *_indent(body),
-        *(f"z_{row} = tl.sum(sum_{row}, 0)" for row in range(s.rows)),
+        f"    z += {v} * {x}",
+        f"z = tl.sum(z, {axis})",
     ]
 
 
-def _rows_of_x(s: VvmaKernel) -> list[str]:
-    """Read x once, where a program reads all input tiles at a time."""
-    q, n = s.tiles[1], s.features[1]
-    if q > s.width:
-        return []
-    guard = [f"at < {n}"] if n < s.width * s.block else []
-    return [f"x_{row} = {_load(f'x_at_{row}', guard)}" for row in range(s.rows)]
-
-
-def _store(s: VvmaKernel, row: int, at: str, value: str, guards: list[str]) -> str:
-    guards = guards + ([f"b + {row} < batch"] if s.rows > 1 else [])
-    mask = " & ".join(f"({g})" for g in guards) if len(guards) > 1 else "".join(guards)
-    dtype = f"tl.{s.dtype}"
-    return f"tl.store({at}, {value}.to({dtype}){f', mask={mask}' if mask else ''})"
+def _tile(s: VvmaKernel) -> list[str]:
+    """Lanes c of input pieces j; in front of them an axis of terms, or of output pieces."""
+    axis = [f"t = tl.arange(0, {s.group})[:, None, None]"] if s.group > 1 else []
+    return [
+        f"j = tl.arange(0, {s.width})",
+        f"c = tl.arange(0, {s.block})",
+        *axis,
+        f"at = j[:, None] * {s.block} + c[None, :]",
+    ]
 
 
 def _whole(s: VvmaKernel) -> list[str]:
-    (p, q), k, (m, _n) = s.tiles, s.block, s.features
-    piece = q * k
+    (p, q), k, (m, _n), r = s.tiles, s.block, s.features, s.terms
+    piece, many, steps = q * k, s.group > 1, s.group < r
+    core = "CORE" if s.shared else f"CORE + i * {r * k * k}"
+    v_at, m_at = f"VECTORS + i * {piece}", core
+    if many:
+        v_at, m_at = f"{v_at} + t * {p * piece}", f"{m_at} + t * {k * k}"
+    shared, sums = _sums(s, f"v_at + step * {p * piece}" if steps else "v_at")
     term = [
-        f"m = tl.load(core_at + t * {k * k}).to(tl.float32)",
-        f"v_at = VECTORS + (t * {p} + i) * {piece} + at",
-        *_sums(s),
-        *(f"y_{row} += tl.sum(m * z_{row}[None, :], 1)" for row in range(s.rows)),
+        f"m = tl.load(m_at{f' + step * {k * k}' if steps else ''}).to(tl.float32)",
+        *shared,
+        *sums,
+        "y += tl.sum(tl.sum(m * z[:, None, :], 2), 0)"
+        if many
+        else "y += tl.sum(m * z[None, :], 1)",
     ]
-    core = "CORE + " if s.shared else f"CORE + i * {s.terms * k * k} + "
-    lines = [
-        "# One program: one output piece, of some rows.",
-        "i = tl.program_id(1)",
-        *_inputs(s),
-        f"a = tl.arange(0, {k})",
-        f"core_at = {core}a[:, None] * {k} + c[None, :]",
-        *_wait(s, f"VECTORS + i * {piece}"),
-        *_rows_of_x(s),
-    ]
-    lines += [f"y_{row} = tl.zeros(({k},), tl.float32)" for row in range(s.rows)]
-    lines += [f"for t in range({s.terms}):", *_indent(term)]
-    lines += _bias(s, f"i * {k} + a")
     guards = [f"i * {k} + a < {m}"] if m < p * k else []
-    for row in range(s.rows):
-        lines += _finish(s, f"y_{row}")
-        at = f"Y + (b + {row}) * {m} + i * {k} + a"
-        lines.append(_store(s, row, at, f"y_{row}", guards))
-    return lines
+    return [
+        "# One program: one output piece of one row.",
+        "b = tl.program_id(0)",
+        "i = tl.program_id(1)",
+        *_tile(s),
+        f"a = tl.arange(0, {k})",
+        "x_at = X + b * x_row + at",
+        f"v_at = {v_at} + at",
+        f"m_at = {m_at} + a[:, None] * {k} + c[None, :]",
+        *_wait(s, {v_at: piece, m_at: k * k}),
+        f"y = tl.zeros(({k},), tl.float32)",
+        *([f"for step in range(0, {r}, {s.group}):", *_indent(term)] if steps else term),
+        *_bias(s, f"i * {k} + a"),
+        *_finish(s, "y"),
+        _store(s, f"Y + b * {m} + i * {k} + a", "y", guards),
+    ]
 
 
 def _sums_alone(s: VvmaKernel) -> list[str]:
-    (p, q), k = s.tiles, s.block
+    (p, q), k, r, many = s.tiles, s.block, s.terms, s.group > 1
+    shared, sums = _sums(s, "v_at")
     lines = [
-        "# One program: one term of one output piece, of some rows.",
-        "ti = tl.program_id(1)",
-        *_inputs(s),
-        *_wait(s, f"VECTORS + ti * {q * k}"),
-        *_rows_of_x(s),
-        f"v_at = VECTORS + ti * {q * k} + at",
-        *_sums(s),
+        "# One program: some output pieces, counted over all terms, of some rows.",
+        f"first = tl.program_id(0) * {s.group}",
+        *_tile(s),
+        f"v_at = VECTORS + first * {q * k} + {f't * {q * k} + ' * many}at",
+        f"ti = first + tl.arange(0, {s.group})[:, None]" if many else "ti = first",
+        f"z_at = Z + (ti % {p} * {r} + ti // {p}) * {k} + {'c[None, :]' if many else 'c'}",
+        *_wait(s, {f"VECTORS + first * {q * k}": s.group * q * k}),
+        *shared,
     ]
-    for row in range(s.rows):
-        at = f"Z + (((b + {row}) * {p} + ti % {p}) * {s.terms} + ti // {p}) * {k} + c"
-        lines.append(_store(s, row, at, f"z_{row}", []))
-    return lines
+    row = ["x_at = X + b * x_row + at", *sums, _store(s, f"z_at + b * {p * r * k}", "z", [])]
+    if s.rows == 1:
+        return [*lines, "b = tl.program_id(1)", *row]
+    return [
+        *lines,
+        f"start_row = tl.program_id(1) * {s.rows}",
+        f"for b in range(start_row, tl.minimum(start_row + {s.rows}, batch)):",
+        *_indent(row),
+    ]
 
 
 def _products(s: VvmaKernel) -> list[str]:
-    (p, _q), k, (m, _n) = s.tiles, s.block, s.features
+    (p, _q), k, (m, _n), r = s.tiles, s.block, s.features, s.terms
+    many, steps = s.group > 1, s.group < r
     precise = ', input_precision="ieee"' if s.dtype == "float32" else ""
-    guards = ["row[:, None] < pieces"]
-    guards += [f"column < {m}"] if m < p * k else []
-    mask = " & ".join(f"({g})" for g in guards) if len(guards) > 1 else guards[0]
+    t = f"t = tl.arange(0, {s.group})[:, None, None]"
+    shape = (s.group,) * many + (s.rows, s.width)
+    z, core = "z_at", "core_at"
+    if steps:
+        z, core = f"z_at + step * {k}", f"core_at + step * {k * k}"
+    dot = f"y = tl.dot(tl.load({z}), tl.load({core}), y{precise})"
+    guards = ["row[:, None] < pieces"] + [f"column < {m}"] * (m < p * k)
     return [
         "# One program: some columns of some output pieces, whatever row they belong to.",
         f"pieces = batch * {p}",
         f"row = tl.program_id(0) * {s.rows} + tl.arange(0, {s.rows})",
-        f"a = tl.program_id(1) * {s.width} + tl.arange(0, {s.width})",
+        f"first = tl.program_id(1) * {s.width}",
+        f"a = first + tl.arange(0, {s.width})",
         f"c = tl.arange(0, {k})",
-        f"z_at = Z + tl.minimum(row, pieces - 1)[:, None] * {s.terms * k} + c[None, :]",
+        *[t] * many,
+        f"z_at = Z + tl.minimum(row, pieces - 1)[:, None] * {r * k} + c[None, :]",
         f"core_at = CORE + a[None, :] * {k} + c[:, None]",
-        f"y = tl.zeros(({s.rows}, {s.width}), tl.float32)",
-        *_wait(s, ""),
-        f"for t in range({s.terms}):",
-        f"    z = tl.load(z_at + t * {k})",
-        f"    y = tl.dot(z, tl.load(core_at + t * {k * k}), y{precise})",
+        *[f"z_at = z_at + t * {k}", f"core_at = core_at + t * {k * k}"] * many,
+        *_wait(s, {f"CORE + {f't * {k * k} + ' * many}first * {k}": s.width * k}),
+        f"y = tl.zeros({shape}, tl.float32)",
+        *([f"for step in range(0, {r}, {s.group}):", *_indent([dot])] if steps else [dot]),
+        *["y = tl.sum(y, 0)"] * many,
         f"column = row[:, None] % {p} * {k} + a[None, :]",
         *_bias(s, "column"),
         *_finish(s, "y"),
-        f"tl.store(Y + row[:, None] // {p} * {m} + column, y.to(tl.{s.dtype}), mask={mask})",
+        _store(s, f"Y + row[:, None] // {p} * {m} + column", "y", guards),
     ]
+
+
+def _store(s: VvmaKernel, at: str, value: str, guards: list[str]) -> str:
+    mask = " & ".join(f"({g})" for g in guards) if len(guards) > 1 else "".join(guards)
+    return f"tl.store({at}, {value}.to(tl.{s.dtype}){f', mask={mask}' if mask else ''})"
 
 
 def emit(s: VvmaKernel) -> KernelSource:
@@ -339,7 +407,9 @@ def _grid(s: VvmaKernel, batch: int) -> tuple[int, int]:
     p = s.tiles[0]
     if s.stage == "products":
         return (-(-batch * p // s.rows), s.block // s.width)
-    return (-(-batch // s.rows), p if s.stage == "whole" else p * s.terms)
+    if s.stage == "sums":
+        return (p * s.terms // s.group, -(-batch // s.rows))
+    return (batch, p)
 
 
 def launch(

@@ -72,7 +72,8 @@ class VvmaSite:
     ) -> VvmaSite:
         """Describe a call on x (B, n)."""
         rows = x.shape[0]
-        terms, p, q, block = vectors.shape
+        # Weights fix these: they never vary within one compiled program.
+        terms, p, q, block = map(int, vectors.shape)
         return cls(
             dtype=x.dtype,
             # Compared, never stored: a dynamic number of rows stays dynamic within its range.
@@ -80,7 +81,7 @@ class VvmaSite:
             block=block,
             terms=terms,
             tiles=(p, q),
-            features=(out_features, int(x.shape[1])),  # weights fix it
+            features=(int(out_features), int(x.shape[1])),
             shared=core.dim() == 3,
             bias=bias is not None,
             activation=activation,

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fxpress import kernels, lowering
-from fxpress.kernels.vvma_linear import emit, kernels_of, launch
+from fxpress.kernels.vvma_linear import (
+    VvmaKernel,
+    emit,
+    kernels_of,
+    launch,
+    products_of,
+    sums_of,
+    whole_of,
+)
 from fxpress.ops.linear_samples import vvma_samples
 from fxpress.ops.vvma_linear import VvmaSite, vvma_linear, vvma_reference
 from fxpress.testing import assert_equivalent
@@ -62,7 +70,7 @@ def test_blocks_and_batches(block: int, terms: int, batch: int) -> None:
     assert_equivalent(vvma_linear, vvma_reference, (x, *weights(terms, block=block)))
 
 
-@pytest.mark.parametrize("terms", [1, 4])
+@pytest.mark.parametrize("terms", [1, 4, 16])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_chain_of_layers(overlap: bool, terms: int) -> None:
     """Launches that overlap see the results of the layers before, not what was there."""
@@ -91,9 +99,10 @@ def test_a_chain_of_layers(overlap: bool, terms: int) -> None:
     assert torch.equal(x, eager)
 
 
-def test_weights_written_just_before_are_seen() -> None:
+@pytest.mark.parametrize("terms", [1, 16])
+def test_weights_written_just_before_are_seen(terms: int) -> None:
     """Overlapping kernels read no weight before the kernel that wrote it is done."""
-    core, vectors = weights(1, size=4096)
+    core, vectors = weights(terms, size=4096)
     x = torch.randn(1, 4096, device="cuda").half()
     vvma_linear(x, core, vectors)
     for factor in (2.0, 0.5, -1.0):
@@ -101,6 +110,9 @@ def test_weights_written_just_before_are_seen() -> None:
         torch.cuda.synchronize()
         vectors.mul_(factor)
         assert torch.equal(vvma_linear(x, core, vectors), want)
+        core.mul_(2)
+        assert torch.equal(vvma_linear(x, core, vectors), 2 * want)
+        core.mul_(0.5)
 
 
 @pytest.mark.parametrize("terms", [1, 4])
@@ -128,15 +140,19 @@ def test_x_may_be_strided() -> None:
     assert_equivalent(vvma_linear, vvma_reference, (wide, core, vectors))
 
 
-def test_options_change_no_result() -> None:
-    core, vectors = weights(1)
-    x = torch.randn(8, 1024, device="cuda").half()
-    site = VvmaSite.of(x, core, vectors, None, None, 1024)
-    (kernel,) = kernels_of(site)
-    for rows, width, warps in ((1, 16, 4), (4, 8, 2), (8, 16, 8)):
-        spec = replace(kernel, rows=rows, width=width, warps=warps)
+@pytest.mark.parametrize("terms", [4, 16])
+def test_options_change_no_result(terms: int) -> None:
+    core, vectors = weights(terms)
+    x = torch.randn(5, 1024, device="cuda").half()
+    one = whole_of(VvmaSite.of(x, core, vectors, None, None, 1024))
+    ways: list[tuple[VvmaKernel, ...]] = [(replace(one, group=2, width=8, warps=2),), (one,)]
+    for group, rows, width in ((1, 1, 16), (2, 4, 8), (4, 8, 16)):
+        sums = replace(sums_of(one, 5), group=group, rows=rows, width=width)
+        ways += [(sums, products_of(one)), (sums, replace(products_of(one), group=2, width=32))]
+    for kernels_ in ways:
+        loaded = [(emit(s).load().kernel, s) for s in kernels_]
 
-        def call(x: Tensor, core: Tensor, vectors: Tensor, spec: Any = spec) -> Tensor:
-            return launch([(emit(spec).load().kernel, spec)], x, core, vectors, None)
+        def call(x: Tensor, core: Tensor, vectors: Tensor, loaded: Any = loaded) -> Tensor:
+            return launch(loaded, x, core, vectors, None)
 
         assert_equivalent(call, vvma_reference, (x, core, vectors))
