@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| `FXPRESS_DEBUG` | 1: tracebacks, reports; 2: counts per rule; 3: graphs between passes; 4: kernels |
+| `FXPRESS_DEBUG` | 1: tracebacks, reports; 2: rule counts; 3: graphs between passes; 4: kernels |
 | `FXPRESS_DUMP` | folder that receives graphs and kernels as files |
 | `FXPRESS_FUEL` | apply only the first n rewrites (bisection) |
 | `FXPRESS_CACHE` | folder for generated kernels and converted models; default `~/.cache/fxpress` |

@@ -91,7 +91,7 @@ def _device(program: Program, node: fx.Node) -> str:
 
 
 def _attention(program: Program, node: fx.Node, device: str) -> AttentionSite:
-    q, k, v, layout, spec, mask, *rest = (_value(argument) for argument in node.args)
+    q, k, v, _layout, spec, mask, *rest = (_value(argument) for argument in node.args)
     facts = LayoutSpec.parse(spec)
     if device == "cuda" and facts.form != "tiles":
         # A layout is compiled for one kind of device: from the mask, it can be for the other too.
