@@ -35,11 +35,16 @@ def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
     except DownloadError as error:
         pytest.skip(str(error))
     batch = sample(name)
-    o = fxpress.optimize(model, [batch], max_divergence=0.0)
+    # Fitting every weight of a trained model takes minutes: attention has to do there.
+    config = {"factor-vvma": not registry.entry(name).has_weights}
+    o = fxpress.optimize(model, [batch], max_divergence=0.0, config=config)
     assert not o.report.as_dict()["changed"]
     assert "nothing was changed: the outputs are the original's" in str(o.report)
-    assert not o.passes["prune-attention"].rewrites
-    has_attention = bool(o.report.as_dict()["sites"])
+    approximating = [r for r in o.passes.values() if r.exactness.name.startswith("APPROXIMATES")]
+    assert approximating
+    assert not any(record.rewrites for record in approximating)
+    kinds = {site["kind"] for site in o.report.as_dict()["sites"]}
+    has_attention = bool(kinds & {"self", "causal", "cross"})
     assert has_attention == bool(o.passes["prune-attention"].rolled_back)
     args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
     assert_equivalent(o, model, args, kwargs)
@@ -48,7 +53,7 @@ def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
 def test_the_command_line_runs_a_model_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
     from fxpress.cli import main
 
-    command = "optimize --model zoo:transformer-lm --batches 4 --judge modelled --json"
+    command = "optimize --model zoo:transformer-lm --batches 4 --judge off --json"
     with pytest.raises(SystemExit) as exit_:
         main(command.split())
     assert exit_.value.code == 0
