@@ -193,26 +193,23 @@ def candidates(one: VvmaKernel, batch: int) -> Iterator[tuple[VvmaKernel, ...]]:
     sums, products = sums_of(one, batch), products_of(one)
     if one.terms <= 4:
         yield (one,)
-        yield (replace(one, warps=max(one.warps // 2, 2)),)
+        yield (replace(one, prefetch="lines"),)
     yield sums, products
+    yield replace(sums, prefetch="lines"), replace(products, prefetch="lines")
+    if products.group > 4:
+        yield sums, replace(products, group=1, width=32, warps=4, stages=4)
     changes: tuple[dict[str, int], ...] = (
-        {"warps": max(sums.warps // 2, 1)},
         {"group": 1, "warps": max(sums.warps // sums.group, 2)},
+        {"group": 1, "rows": 2, "warps": max(sums.warps // sums.group, 2)},
         {"group": 4, "warps": 8 if sums.width > 32 else 4},
     )
     if batch > 1:
-        changes = (
-            {"rows": max(sums.rows // 2, 1)},
-            {"rows": sums.rows * 2},
-            {"warps": sums.warps * 2},
-        )
+        rows = max(sums.rows // 2, 1)
+        changes = ({"rows": rows}, {"rows": sums.rows * 2}, {"warps": sums.warps * 2})
     for change in changes:
         changed = replace(sums, **change)  # type: ignore[arg-type]
         if changed != sums:
             yield changed, products
-    if products.group > 1:
-        yield sums, replace(products, width=32)
-        yield sums, replace(products, group=1, width=32, warps=4, stages=4)
 
 
 def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[str, Any]]:
@@ -227,7 +224,7 @@ def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[st
             return launch(loaded, x, core, vectors, None)
 
         chained = partial(chain, [_apply(layer, *pair) for pair in weights], x)
-        kept = ("stage", "group", "rows", "width", "warps", "stages", "overlap")
+        kept = ("stage", "group", "rows", "width", "warps", "stages", "prefetch")
         facts = {"kernels": [{k: getattr(s, k) for k in kept} for s in specs]}
         results.append(attempt(chained) | facts)
     return sorted(results, key=lambda result: float(result.get("us", 1e9)))
@@ -238,7 +235,7 @@ def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(row.batch, row.size, device="cuda", dtype=torch.bfloat16)
     result: dict[str, Any] = {"peers": {} if tuning else peers(row, x), "ours": {}}
-    counts = [t for t in TERMS if t > 1 and t in row.targets] or [1] if tuning else TERMS
+    counts = TERMS[1:] if tuning else TERMS
     for index, terms in enumerate(counts):
         weights = factors(row.size, terms)
         mine = attempt(partial(ours, row, weights, x))
@@ -255,8 +252,7 @@ def measure_row(row: Row, deadline: float, *, tuning: bool) -> dict[str, Any]:
 def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
     """Measure all rows within about `seconds`; what no time was left for is named."""
     end = time.monotonic() + seconds
-    # Several terms have most to tune.
-    rows = sorted(ROWS, key=lambda row: 4 not in row.targets) if tuning else list(ROWS)
+    rows = [row for row in ROWS if len(row.targets) > 1] if tuning else list(ROWS)
     done: list[dict[str, Any]] = []
     with torch.no_grad():
         for index, row in enumerate(rows):

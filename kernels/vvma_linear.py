@@ -43,6 +43,15 @@ __all__ = [
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LINE = 128  # bytes of a cache line
+
+# Prefetches into the L2 cache: all that follows an address, by the threads that are first, or the
+# line of each address. They have a result because all that is computed has one.
+_BULK = (
+    "{{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; "
+    "setp.lt.u32 first, thread, {threads}; "
+    "@first cp.async.bulk.prefetch.L2.global [$1], {bytes}; mov.u32 $0, 0; }}"
+)
+_EACH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
 _TILE = 8192  # elements of one operand that a program sums at a time
 _SHARED = 65536  # bytes of shared memory of a program: three fit on a multiprocessor
 _PROGRAMS = 1024  # some for every quarter of every multiprocessor of a large device
@@ -78,6 +87,7 @@ class VvmaKernel:
         rows: rows of x that a program serves, one in "whole"; of z in "products".
         width: input tiles read at a time; output columns of a program in "products".
         overlap: whether the launch overlaps with the kernel before it.
+        prefetch: what an overlapping launch does meanwhile: "bulk", "lines" or "none".
         warps: warps of a program.
         stages: stages of the software pipeline.
     """
@@ -95,6 +105,7 @@ class VvmaKernel:
     rows: int = 1
     width: int = 64
     overlap: bool = False
+    prefetch: str = "bulk"
     warps: int = 4
     stages: int = 3
 
@@ -228,16 +239,21 @@ def _wait(s: VvmaKernel, weights: dict[str, int]) -> list[str]:
     """
     if not s.overlap:
         return []
-    each = _LINE // getattr(torch, s.dtype).itemsize
-    asm = '"prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l"'
+    size = getattr(torch, s.dtype).itemsize
     lines = ["cuda.gdc_launch_dependents()"]
-    for at, elements in weights.items():
-        count = max(1, elements // each)
-        line = f"tl.arange(0, {_power_of_two(count)})"
-        if count & (count - 1):
-            line = f"tl.minimum({line}, {count - 1})"
-        lines.append(f"line = {at} + {line} * {each}")
-        lines.append(f"tl.inline_asm_elementwise({asm}, [line.to(tl.int64)], tl.int32, False, 1)")
+    for at, elements in weights.items() if s.prefetch != "none" else ():
+        if s.prefetch == "bulk":
+            asm, to = _BULK.format(threads=s.group, bytes=elements * size), at
+        else:
+            count = max(1, elements * size // _LINE)
+            line = f"tl.arange(0, {_power_of_two(count)})"
+            if count & (count - 1):
+                line = f"tl.minimum({line}, {count - 1})"
+            asm, to = _EACH, f"{at} + {line} * {_LINE // size}"
+        lines += [
+            f"weights = ({to}).to(tl.int64)",
+            f'tl.inline_asm_elementwise("{asm}", "=r,l", [weights], tl.int32, False, 1)',
+        ]
     return [*lines, "cuda.gdc_wait()"]
 
 

@@ -77,6 +77,7 @@ def test_compiles_for_sm_90(name: str, overlap: bool, dtype: torch.dtype, tmp_pa
         code = compiled.asm  # type: ignore[attr-defined]
         assert stack_bytes(code["cubin"], tmp_path) == 0
         assert ("griddepcontrol.wait" in code["ptx"]) == overlap
+        assert ("bulk.prefetch.L2" in code["ptx"]) == overlap
         assert ("tt.dot" in code["ttir"]) == (s.stage == "products")
 
 
@@ -85,6 +86,15 @@ def test_reads_are_wide() -> None:
     (s,) = kernels_of(PLAIN)
     ptx = compile_for_sm_90(s).asm["ptx"]  # type: ignore[attr-defined]
     assert set(re.findall(r"ld\.global\S*", ptx)) == {"ld.global.v4.b32"}
+
+
+@pytest.mark.parametrize(("prefetch", "asked"), [("lines", "prefetch.global.L2"), ("none", "")])
+def test_other_prefetches(prefetch: str, asked: str) -> None:
+    (s,) = kernels_of(PLAIN, overlap=True)
+    ptx = compile_for_sm_90(replace(s, prefetch=prefetch)).asm["ptx"]  # type: ignore[attr-defined]
+    assert asked in ptx
+    assert "bulk.prefetch" not in ptx
+    assert ("prefetch" in ptx) == bool(asked)
 
 
 @pytest.mark.parametrize(
