@@ -1,38 +1,70 @@
-"""The command line: `fxpress optimize` and `fxpress explain`.
+"""The command line: one function per verb.
 
-Bad input ends with exit code 2 and one clear line; a traceback is a bug (`FXPRESS_DEBUG=1` shows
-where it comes from).
+Results go to standard output, progress to standard error. Bad input ends with exit code 2 and one
+clear line, a check that fails with 1; a traceback is a bug (`FXPRESS_DEBUG=1` shows where an error
+comes from).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import dataclasses
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import nn
+import fxpress
+from fxpress import cli_bench, cli_inputs, cli_inspect, cli_kernels, environment
+from fxpress.bisection import bisect as find_first_bad
+from fxpress.cli_inputs import Subject
+from fxpress.cli_tables import show, table
+from fxpress.errors import FxpressError, PlanError
+from fxpress.lowered import lower
 
-from fxpress import environment
-from fxpress.errors import CalibrationError, FxpressError, PlanError
+try:
+    import typer
+except ImportError:  # nothing but the command line imports this module
+    sys.exit("the command line needs typer and rich: pip install 'fxpress[cli]'")
 
 __all__ = ["main"]
 
-_LIMIT = 64  # calibration batches that are read from a file
+_BATCHES = 64  # calibration batches that are read from a file
+_PROBED = 2  # batches that `inspect` calibrates on
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Optimize trained models.")
+zoo_app = typer.Typer(no_args_is_help=True, help="Models to try fxpress on.")
+app.add_typer(zoo_app, name="zoo")
+
+_MODEL = "zoo:NAME, package.module:function, file.py:function or hf-config:FILE"
+Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else")]
+Model = Annotated[str, typer.Option("--model", help=_MODEL)]
+AnyModel = Annotated[str | None, typer.Option("--model", help=_MODEL)]
+Calib = Annotated[
+    Path | None,
+    typer.Option(help="texts (.txt, .jsonl), arrays (.json, .npy, .safetensors), or recordings"),
+]
+Config = Annotated[Path | None, typer.Option(help="settings of passes, a YAML file")]
+SavedPlan = Annotated[Path | None, typer.Option(help="folder of a plan to apply, without data")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of the CPU")]
+Artifact = Annotated[Path, typer.Argument(help="what `optimize --out` wrote")]
+AnyArtifact = Annotated[Path | None, typer.Argument(help="what `optimize --out` wrote")]
+Html = Annotated[Path | None, typer.Option(help="write a page here")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, or with 2 on bad input."""
+    """Run the command line; exits with 0, with 1 for a failed check, with 2 on bad input."""
+    command = typer.main.get_command(app)
+    arguments = list(argv) if argv is not None else None
     try:
-        import typer
-    except ImportError:
-        sys.exit("the command line needs typer and rich: pip install 'fxpress[cli]'")
-    try:
-        status = typer.main.get_command(_app(typer)).main(
-            list(argv) if argv is not None else None, prog_name="fxpress", standalone_mode=False
-        )
+        status = command.main(arguments, prog_name="fxpress", standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)  # interrupted
+    except BrokenPipeError:
+        # The reader of the output has left; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (FxpressError, ImportError, OSError) as error:
         _fail(error)
     except Exception as error:
@@ -51,186 +83,272 @@ def _fail(error: Exception) -> None:
     sys.exit(2)
 
 
-def _app(typer: Any) -> Any:
-    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Optimize trained models.")
-    model = typer.Option(
-        ..., "--model", help="zoo:NAME (pretrained), package.module:function, hf-config:FILE"
-    )
-
-    @app.command()  # type: ignore[untyped-decorator]
-    def optimize(
-        model: str = model,
-        calib: Path = typer.Option(None, help="texts (.txt, .jsonl) or a folder of recordings"),
-        config: Path = typer.Option(None, help="settings, a YAML file"),
-        max_divergence: float = typer.Option(None, help="budget: mean divergence of outputs"),
-        judge: str = typer.Option("measured", help="measured, modelled or off"),
-        objective: str = typer.Option("latency", help="latency or memory"),
-        device: str = typer.Option(None, help="cpu or cuda"),
-        batches: int = typer.Option(_LIMIT, min=1, help="calibration batches to read at most"),
-        report: Path = typer.Option(None, help="write the report as HTML"),
-        plan: Path = typer.Option(None, help="folder to write the plan into"),
-        as_json: bool = typer.Option(False, "--json", help="print the report as JSON"),
-    ) -> None:
-        """Optimize a model on calibration data and print the report."""
-        _optimize(
-            model,
-            calib,
-            batches,
-            {
-                "config": config,
-                "max_divergence": max_divergence,
-                "judge": judge,
-                "objective": objective,
-                "device": device,
-            },
-            report,
-            plan,
-            as_json,
-        )
-
-    @app.command()  # type: ignore[untyped-decorator]
-    def explain(
-        model: str = model,
-        calib: Path = typer.Option(None, help="where the example input comes from"),
-        as_json: bool = typer.Option(False, "--json", help="print JSON"),
-    ) -> None:
-        """List every attention, matmul and recurrence, recognised or why not."""
-        _explain(model, calib, as_json)
-
-    @app.command()  # type: ignore[untyped-decorator]
-    def passes(as_json: bool = typer.Option(False, "--json", help="print JSON")) -> None:
-        """List the passes in the order in which they run."""
-        _passes(as_json)
-
-    return app
+# --- verbs ----------------------------------------------------------------------------------
 
 
-def _optimize(
-    model: str,
-    calib: Path | None,
-    batches: int,
-    options: dict[str, Any],
-    report: Path | None,
-    plan: Path | None,
-    as_json: bool,
+@app.command()
+def optimize(
+    model: Model,
+    calib: Calib = None,
+    validation: Annotated[Path | None, typer.Option(help="data to judge on, as --calib")] = None,
+    plan: SavedPlan = None,
+    config: Config = None,
+    objective: Annotated[str, typer.Option(help="latency or memory")] = "latency",
+    judge: Annotated[str, typer.Option(help="measured, modelled or off")] = "measured",
+    max_divergence: Annotated[
+        float | None, typer.Option(help="budget: mean divergence of outputs")
+    ] = None,
+    validation_fn: Annotated[
+        str | None, typer.Option(help="module:function that scores a model, higher is better")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="budget of --validation-fn, absolute")] = 0.01,
+    batches: Annotated[int, typer.Option(min=1, help="batches to read at most")] = _BATCHES,
+    device: Device = None,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    out: Annotated[Path | None, typer.Option(help="write the artifact here")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the report here, as HTML")] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="folder to write the plan into")] = None,
+    as_json: Json = False,
 ) -> None:
-    import fxpress
-
-    module, read = _load(model)
-    data = read(_existing(calib), batches)
-    optimized = fxpress.optimize(module, data, **options)
+    """Optimize a model on calibration data and print the report."""
+    _use_threads(threads)
+    subject = _subject(model)
+    optimized = fxpress.optimize(
+        subject.module,
+        None if plan is not None and calib is None else subject.read(calib, batches),
+        validation_data=subject.read(validation, batches) if validation is not None else None,
+        plan=fxpress.Plan.load(plan) if plan is not None else None,
+        config=config,
+        objective=objective,
+        judge=judge,
+        max_divergence=max_divergence,
+        validation_fn=cli_inputs.named(validation_fn, "--validation-fn") if validation_fn else None,
+        max_drop=max_drop,
+        device=device,
+        seed=seed,
+    )
     if report is not None:
         optimized.report.to_html(report)
-    if plan is not None:
-        optimized.plan.save(plan)
-    print(optimized.report.to_json() if as_json else optimized.report)
+    if save_plan is not None:
+        optimized.plan.save(save_plan)
+    if out is not None:
+        optimized.save(out)
+    show(optimized.report.as_dict(), optimized.report, as_json)
 
 
-def _explain(model: str, calib: Path | None, as_json: bool) -> None:
-    import fxpress
+@app.command()
+def explain(model: Model, calib: Calib = None, html: Html = None, as_json: Json = False) -> None:
+    """List every attention, matmul and recurrence, recognised or why not, what it could gain."""
+    subject = _subject(model)
+    args, kwargs = cli_inputs.as_call(_first_batch(subject, calib))
+    found = fxpress.explain(subject.module, args, kwargs)
+    if html is not None:
+        found.to_html(html)
+    show(found.as_dict(), found, as_json)
 
-    module, read = _load(model)
-    batch = read(_existing(calib), 1)[0]
-    kwargs = batch if isinstance(batch, dict) else {}
-    args = batch if isinstance(batch, tuple) else () if kwargs else (batch,)
-    found = fxpress.explain(module, args, kwargs)
-    print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+
+@app.command()
+def inspect(
+    artifact: AnyArtifact = None,
+    model: AnyModel = None,
+    calib: Calib = None,
+    plan: SavedPlan = None,
+    config: Config = None,
+    pass_name: Annotated[str | None, typer.Option("--pass", help="only this pass")] = None,
+    graph: Annotated[str | None, typer.Option(help="before, after or diff")] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="the compiled masks")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="how each site runs")] = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="figures of each site")] = False,
+    device: Annotated[str | None, typer.Option(help="show kernels for cpu or cuda")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each pass did: of an artifact, or of a model that passes are run on now.
+
+    With --model, the plan of the artifact (or --plan, or --config) is applied pass by pass; without
+    any of them only the exact passes do something.
+    """
+    optimized = _applied(artifact, model, calib, plan, config)
+    wish = cli_inspect.Wish(pass_name, graph, masks, kernels, ledger, _kind(device))
+    facts = cli_inspect.inspect(optimized, wish)
+    show(facts, cli_inspect.render(facts), as_json)
 
 
-def _passes(as_json: bool) -> None:
+@app.command()
+def bench(
+    artifact: Artifact,
+    against: Annotated[str | None, typer.Option(help=f"the original: {_MODEL}")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="rounds at most")] = 15,
+    seconds: Annotated[float, typer.Option(help="of each call, at most")] = 20.0,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time an artifact on the example calls of its plan, beside the model that it was made from."""
+    _use_threads(threads)
+    loaded = fxpress.load(artifact, device=device)
+    others = {}
+    if against is not None:
+        original = _subject(against).module
+        exact = fxpress.Plan(calls=loaded.plan.calls)
+        others["original"] = original if device is None else original.to(device)
+        others["dense"] = fxpress.optimize(others["original"], None, plan=exact)
+    facts = cli_bench.measure(loaded, others, rounds, seconds)
+    show(facts, cli_bench.render(facts), as_json)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List the passes in the order in which they run, with their settings."""
     from fxpress.passes import all_passes
     from fxpress.pipeline import resolve_order
 
-    rows = [
-        {
-            "name": kind.name,
-            "phase": kind.phase,
-            "after": "; ".join(f"after {name}: {why}" for name, why in kind.after.items()),
-        }
-        for kind in resolve_order(all_passes().values())
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
+    facts = [_pass(kind) for kind in resolve_order(all_passes().values())]
+    rows = [["pass", "phase", "exactness", "settings"]]
+    for entry in facts:
+        settings = ", ".join(f"{name}={value}" for name, value in entry["settings"].items())
+        rows.append([entry["name"], entry["phase"], entry["exactness"], settings or "-"])
+    order = [f"{e['name']} after {n}: {why}" for e in facts for n, why in e["after"].items()]
+    show(facts, "\n".join([table(rows), "", *order]), as_json)
+
+
+@app.command()
+def kernels(
+    artifact: AnyArtifact = None,
+    site: Annotated[str | None, typer.Option(help="of this site only")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; it need not be here")] = None,
+    dtype: Annotated[str | None, typer.Option(help="as if in this dtype")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the lowerings there are; of an artifact, the generated source of each site."""
+    if dtype is not None and dtype not in cli_kernels.DTYPES:
+        raise PlanError(f"--dtype is {dtype!r}: give one of {', '.join(cli_kernels.DTYPES)}")
+    if artifact is None:
+        found = cli_kernels.lowerings(_kind(device), dtype)
+        show(found, cli_kernels.render_lowerings(found), as_json)
         return
-    for row in rows:
-        print(f"{row['name']:<18} {row['phase']:<13} {row['after'] or ''}".rstrip())
+    captured = fxpress.load(artifact).captured
+    lowered = lower(captured, _kind(device), cli_kernels.DTYPES[dtype] if dtype else None)
+    chosen = cli_kernels.of_site(lowered, site)
+    show([vars(low) for low in chosen], cli_kernels.render_sites(chosen), as_json)
 
 
-def _existing(path: Path | None) -> Path | None:
-    if path is not None and not path.exists():
-        raise CalibrationError(f"{path} does not exist: give a file or folder of calibration data")
-    return path
+@app.command()
+def bisect(
+    script: Annotated[Path, typer.Argument(help="defines model(), calib_data(), check(optimized)")],
+    as_json: Json = False,
+) -> None:
+    """Find the first rewrite that breaks a model, and show the graph around it before and after.
+
+    Exit code 1 where there is none to be found.
+    """
+    verdict = find_first_bad(
+        cli_inputs.import_file(script), fxpress.optimize, lambda line: print(line, file=sys.stderr)
+    )
+    show(verdict.as_dict(), verdict, as_json)
+    raise typer.Exit(0 if verdict.culprit else 1)
 
 
-Reader = Callable[[Path | None, int], list[Any]]
+@zoo_app.command("list")
+def zoo_list(
+    pattern: Annotated[str, typer.Argument(help="such as 'whisper*'")] = "*", as_json: Json = False
+) -> None:
+    """List the models whose name matches a pattern."""
+    from fxpress.zoo import registry
+
+    found = [_entry(registry.entry(name)) for name in registry.list_models(pattern)]
+    if not found:
+        raise PlanError(f"no model of the zoo matches {pattern!r}: `fxpress zoo list` has all")
+    rows = [[e["name"], "pretrained" if e["pretrained"] else "-", e["description"]] for e in found]
+    show(found, table([["model", "weights", "description"], *rows]), as_json)
 
 
-def _load(wish: str) -> tuple[nn.Module, Reader]:
-    """The model that a `--model` names, and how calibration data is read for it."""
+@zoo_app.command("show")
+def zoo_show(
+    name: Annotated[str, typer.Argument(help="one of `fxpress zoo list`")], as_json: Json = False
+) -> None:
+    """Show where a model comes from."""
+    from fxpress.zoo import registry
+
+    facts = _entry(registry.entry(name))
+    show(facts, "\n".join(f"{key:<12} {value}" for key, value in facts.items()), as_json)
+
+
+# --- what verbs share -----------------------------------------------------------------------
+
+
+def _subject(wish: str) -> Subject:
+    """The model that a `--model` names."""
     kind, _, name = wish.partition(":")
     if not name:
-        raise PlanError(f"--model {wish!r}: give zoo:NAME or package.module:function")
+        raise PlanError(f"--model {wish!r}: give {_MODEL}")
     if kind == "zoo":
         from fxpress.zoo import registry
 
         entry = registry.entry(name)
-        return entry.build(pretrained=entry.has_weights), entry.calibration
+        return Subject(entry.build(pretrained=entry.has_weights), entry.calibration)
     if kind == "hf-config":
-        return _from_config(Path(name)), _read_tokens
-    return _from_function(kind, name), _read_batches
+        return cli_inputs.from_config(Path(name))
+    return cli_inputs.from_function(kind, name)
 
 
-def _from_function(module: str, function: str) -> nn.Module:
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        built = getattr(importlib.import_module(module), function)()
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise PlanError(f"--model {module}:{function} cannot be built: {what}") from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(built, nn.Module):
-        raise PlanError(f"--model {module}:{function} gave a {type(built).__name__}, no nn.Module")
-    return built.eval()
+def _first_batch(subject: Subject, calib: Path | None) -> Any:
+    batches = subject.read(calib, 1)
+    if not batches:
+        raise PlanError(f"--calib {calib} is empty: one batch is needed")
+    return batches[0]
 
 
-def _from_config(path: Path) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
-    if not path.is_file():
-        raise PlanError(f"--model hf-config:{path}: no such file")
-    try:
-        built: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(path)).eval()
-    except Exception as error:
-        raise PlanError(f"--model hf-config:{path}: {error}") from error
-    return built
-
-
-def _read_tokens(path: Path | None, limit: int) -> list[Any]:
-    """Token ids for a model without a tokenizer: bytes of a text, or a fixed sequence."""
-    import torch
-
-    text = path.read_bytes() if path is not None else bytes(range(32, 127)) * 4
-    ids = torch.tensor(list(text[: 64 * limit * 2]))
-    rows = ids[: len(ids) // 64 * 64].view(-1, 64)
-    return [{"input_ids": row[None]} for row in rows[:limit]]
+def _applied(
+    artifact: Path | None,
+    model: str | None,
+    calib: Path | None,
+    plan: Path | None,
+    config: Path | None,
+) -> fxpress.OptimizedModule:
+    """An artifact, or a model with its plan (or another) applied and nothing judged."""
+    if model is None:
+        if artifact is None:
+            raise PlanError("give an artifact, or --model")
+        return fxpress.load(artifact)
+    decided = fxpress.Plan.load(plan) if plan is not None else None
+    if artifact is not None:
+        decided = fxpress.load(artifact).plan
+    subject = _subject(model)
+    data = None if decided is not None else subject.read(calib, _PROBED)
+    return fxpress.optimize(subject.module, data, plan=decided, config=config, judge="off")
 
 
-def _read_batches(path: Path | None, limit: int) -> list[Any]:
-    """Batches of a model of the user's own: JSON lines, each a mapping of nested numbers."""
-    import torch
+def _kind(device: str | None) -> str | None:
+    """The type of a device that need not be here."""
+    if device not in (None, "cpu", "cuda"):
+        raise PlanError(f"--device is {device!r}: give cpu or cuda")
+    return device
 
-    if path is None:
-        raise CalibrationError("give --calib: a .jsonl file, one mapping of inputs per line")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is no text: {error}") from error
-    batches = []
-    for number, line in enumerate(lines[:limit], 1):
-        try:
-            row = json.loads(line)
-            batches.append({key: torch.tensor(value) for key, value in row.items()})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CalibrationError(f"{path}:{number} is no mapping of inputs: {error}") from error
-    return batches
+
+def _use_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _pass(kind: type[fxpress.Pass]) -> dict[str, Any]:
+    fields = dataclasses.fields(kind.config_type) if kind.config_type is not None else ()
+    return {
+        "name": kind.name,
+        "phase": kind.phase,
+        "exactness": kind.exactness.name,
+        "after": dict(kind.after),
+        "settings": {f.name: f.default for f in fields},
+    }
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "description": entry.description,
+        "license": entry.license,
+        "source": entry.source,
+        "pretrained": entry.has_weights,
+    }
