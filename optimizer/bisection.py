@@ -151,8 +151,8 @@ class _Bisection:
     def _culprit(self, number: int) -> Culprit:
         before, after = self._with_rewrites(number - 1), self._with_rewrites(number)
         name, rewrite = _last(after.passes)
-        texts = [str(o.captured.snapshot()).splitlines() for o in (before, after)]
-        lines = difflib.unified_diff(*texts, f"before {name}", f"after {name}", lineterm="")
+        old, new = (str(o.captured.snapshot()).splitlines() for o in (before, after))
+        lines = difflib.unified_diff(old, new, f"before {name}", f"after {name}", lineterm="")
         return Culprit(number, name, rewrite, "\n".join(lines))
 
 

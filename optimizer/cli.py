@@ -118,7 +118,7 @@ def optimize(
         subject.module,
         None if plan is not None and calib is None else subject.read(calib, batches),
         validation_data=subject.read(validation, batches) if validation is not None else None,
-        plan=fxpress.Plan.load(plan) if plan is not None else None,
+        plan=_plan(plan, subject),
         config=config,
         objective=objective,
         judge=judge,
@@ -191,6 +191,7 @@ def bench(
     if against is not None:
         original = _subject(against).module
         exact = fxpress.Plan(calls=loaded.plan.calls)
+        cli_inputs.check_fits(original, exact.example_calls(), f"{artifact}")
         others["original"] = original if device is None else original.to(device)
         others["dense"] = fxpress.optimize(others["original"], None, plan=exact)
     facts = cli_bench.measure(loaded, others, rounds, seconds)
@@ -251,7 +252,7 @@ def bisect(
 
 @zoo_app.command("list")
 def zoo_list(
-    pattern: Annotated[str, typer.Argument(help="such as 'whisper*'")] = "*", as_json: Json = False
+    pattern: Annotated[str, typer.Argument(help="such as 'rum*'")] = "*", as_json: Json = False
 ) -> None:
     """List the models whose name matches a pattern."""
     from fxpress.zoo import registry
@@ -292,6 +293,14 @@ def _subject(wish: str) -> Subject:
     return cli_inputs.from_function(kind, name)
 
 
+def _plan(folder: Path | None, subject: Subject) -> fxpress.Plan | None:
+    if folder is None:
+        return None
+    plan = fxpress.Plan.load(folder)
+    cli_inputs.check_fits(subject.module, plan.example_calls(), f"{folder}")
+    return plan
+
+
 def _first_batch(subject: Subject, calib: Path | None) -> Any:
     batches = subject.read(calib, 1)
     if not batches:
@@ -311,10 +320,11 @@ def _applied(
         if artifact is None:
             raise PlanError("give an artifact, or --model")
         return fxpress.load(artifact)
-    decided = fxpress.Plan.load(plan) if plan is not None else None
+    subject = _subject(model)
+    decided = _plan(plan, subject)
     if artifact is not None:
         decided = fxpress.load(artifact).plan
-    subject = _subject(model)
+        cli_inputs.check_fits(subject.module, decided.example_calls(), f"{artifact}")
     data = None if decided is not None else subject.read(calib, _PROBED)
     return fxpress.optimize(subject.module, data, plan=decided, config=config, judge="off")
 

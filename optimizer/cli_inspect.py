@@ -96,8 +96,8 @@ def _mask(layout: MaskLayout) -> dict[str, Any]:
 def _drawing(layout: MaskLayout) -> list[str]:
     """Rows of characters: the darker, the larger the share of heads and cells that are kept."""
     share = layout.to_dense().cpu().float().mean(0)
-    size = [min(n, most) for n, most in zip(share.shape, _DRAWING, strict=True)]
-    small = F.adaptive_avg_pool2d(share[None, None], size)[0, 0]
+    rows, columns = (min(n, most) for n, most in zip(share.shape, _DRAWING, strict=True))
+    small = F.adaptive_avg_pool2d(share[None, None], (rows, columns))[0, 0]
     levels = (small * (len(_SHADES) - 1)).round().int().tolist()
     return ["".join(_SHADES[level] for level in row) for row in levels]
 

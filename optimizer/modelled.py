@@ -45,8 +45,8 @@ def _work(node: fx.Node, hardware: Hardware) -> list[Work]:
         return []
     operands = [n.meta["val"] for n in node.all_input_nodes]
     if node.target is aten.linear.default:
-        x, weight = operands[:2]
-        return dense_work(_sizes(weight)[:2], math.prod(_sizes(x)[:-1]), x.dtype.itemsize)
+        x, (m, n) = operands[0], _sizes(operands[1])
+        return dense_work((m, n), math.prod(_sizes(x)[:-1]), x.dtype.itemsize)
     if node.target is aten.scaled_dot_product_attention.default and operands[0].ndim == 4:
         return _attention(node, hardware)
     moved = _bytes(operands) + _bytes(node.meta.get("val"))
