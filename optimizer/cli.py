@@ -200,15 +200,13 @@ def bench(
 
 @app.command()
 def passes(as_json: Json = False) -> None:
-    """List the passes in the order in which they run, with their settings."""
+    """List the passes in the order in which they run; with --json also their settings."""
     from fxpress.passes import all_passes
     from fxpress.pipeline import resolve_order
 
     facts = [_pass(kind) for kind in resolve_order(all_passes().values())]
-    rows = [["pass", "phase", "exactness", "settings"]]
-    for entry in facts:
-        settings = ", ".join(f"{name}={value}" for name, value in entry["settings"].items())
-        rows.append([entry["name"], entry["phase"], entry["exactness"], settings or "-"])
+    rows = [["pass", "phase", "exactness"]]
+    rows += [[entry["name"], entry["phase"], entry["exactness"]] for entry in facts]
     order = [f"{e['name']} after {n}: {why}" for e in facts for n, why in e["after"].items()]
     show(facts, "\n".join([table(rows), "", *order]), as_json)
 

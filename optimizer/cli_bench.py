@@ -101,7 +101,8 @@ def _argument(path: Any) -> str:
 def render(facts: Mapping[str, Any]) -> str:
     """The measurement as text: medians and quartiles of each form."""
     dtypes = ", ".join(facts["dtype"]) or "no parameters"
-    where = f"{facts['device']}, {dtypes}, {facts['threads']} threads, torch {facts['torch']}"
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    where = f"{facts['device']}, {dtypes}, {threads}, torch {facts['torch']}"
     lines = [f"{where}; interleaved rounds, example inputs of zeros and ones"]
     lines += [f"{name}: {what}" for name, what in facts["baseline"].items()]
     if not facts["baseline"]:

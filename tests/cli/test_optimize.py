@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_a_budget_by_a_function_of_the_user(run: Run) -> None:
 
 
 def _write(path: Path, x: torch.Tensor) -> None:
-    writers = {
+    writers: dict[str, Callable[[], Any]] = {
         ".npz": lambda: np.savez(path, x=x.numpy()),
         ".npy": lambda: np.save(path, x.numpy()),
         ".safetensors": lambda: save_file({"x": x}, path),
