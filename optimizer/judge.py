@@ -95,8 +95,9 @@ class Judge:
         """The decisions of the strongest proposal that keeps the quality budget.
 
         Proposals are ordered from the strongest to the weakest, and quality is taken to rise along
-        them, so a binary search finds it. A single proposal that does not hold is cut down to the
-        sites of least predicted error that do.
+        them, so a binary search finds it. After the first that does not hold, the weakest is looked
+        at: where not even that holds, nothing else need be tried. A single proposal that does not
+        hold is cut down to the sites of least predicted error that do.
         """
         if self.mode == "off" or not proposals:
             return proposals[0].decide() if proposals else {}
@@ -110,8 +111,13 @@ class Judge:
             decisions = proposals[middle].decide()
             if self._holds(build(decisions), proposals[middle].strength, tried):
                 best, high = decisions, middle
-            else:
-                low = middle + 1
+                continue
+            low = middle + 1
+            if len(tried) == 1 and low < high:
+                decisions = proposals[high - 1].decide()
+                if not self._holds(build(decisions), proposals[high - 1].strength, tried):
+                    break
+                best, high = decisions, high - 1
         if best or len(proposals) > 1:
             return best
         return self._harmless_sites(proposals[0], build, tried)

@@ -149,26 +149,21 @@ def _left_out(values: Tensor) -> Tensor:
 
 
 def _low_rank_energies(weight: Tensor, moment: Tensor) -> Tensor:
-    weighted = weight * moment
-    small = weighted @ weight.mT
-    if weight.shape[0] > weight.shape[1]:
-        root = weight * moment.sqrt()
-        small = root.mT @ root
+    root = weight * moment.sqrt()
+    small = root @ root.mT if root.shape[0] <= root.shape[1] else root.mT @ root
     return _left_out(torch.linalg.eigvalsh(small))
 
 
 def _vvma_energies(weight: Tensor, moment: Tensor, block: int, rowwise: bool) -> Tensor:
     m, n = weight.shape
-    padded = F.pad(weight, (0, -n % block, 0, -m % block))
-    lanes = F.pad(moment, (0, -n % block)).view(-1, block)
-    tiles = padded.view(-1, block, lanes.shape[0], block)  # (p, k, q, k)
-    total = weight.new_zeros(block + 1)
-    for lane in range(block):
-        columns = tiles[..., lane] * lanes[:, lane].sqrt()  # (p, k, q)
-        gram = columns @ columns.mT
-        values = torch.linalg.eigvalsh(gram if rowwise else gram.sum(0))
-        total += _left_out(values).reshape(-1, block + 1).sum(0)
-    return total
+    padded = F.pad(weight * moment.sqrt(), (0, -n % block, 0, -m % block))
+    tiles = padded.view(-(-m // block), block, -1, block)  # (p, k, q, k)
+    if rowwise:
+        columns = tiles.permute(3, 0, 1, 2).contiguous()  # (lane, p, k, q)
+    else:
+        columns = tiles.permute(3, 1, 0, 2).flatten(2)  # (lane, k, p q)
+    values = torch.linalg.eigvalsh(columns @ columns.mT)
+    return _left_out(values).reshape(-1, block + 1).sum(0)
 
 
 def predicted_errors(
@@ -183,7 +178,8 @@ def predicted_errors(
         moment: mean of x^2 (n,) or of x x' (n, n), or None for inputs of one size.
         forms: which forms.
     """
-    wide = weight.detach().double()
+    wide = weight.detach()
+    wide = wide if wide.dtype == torch.float64 else wide.float()
     diagonal = wide.new_ones(wide.shape[1])
     if moment is not None:
         given = moment.to(wide)

@@ -95,8 +95,13 @@ def propose_forms(
     _profile(ctx, maps)
     if all(one.config.is_stated for one in maps):
         return [_proposal(ctx, "the stated forms", maps, [one.forms[0] for one in maps])]
-    options = [_options(one, ctx.objective) for one in maps]
-    return _rungs(ctx, maps, options)
+    options = {}
+    with ctx.progress.step("what each form loses", len(maps)) as advance:
+        for index, one in enumerate(maps):
+            if len(found := _options(one, ctx)) > 1:
+                options[index] = found
+            advance()
+    return _rungs(ctx, [maps[i] for i in options], list(options.values()))
 
 
 def _map(program: Program, site: LinearSite, config: FactorVvmaConfig, hardware: Hardware) -> _Map:
@@ -141,13 +146,22 @@ def _profile(ctx: PlanContext, maps: Sequence[_Map]) -> None:
         one.place = replace(one.place, tokens=observer.tokens)
 
 
-def _options(one: _Map, objective: str) -> list[_Option]:
-    """The map as it is, and the forms that no other beats in both cost and error."""
+def _options(one: _Map, ctx: PlanContext) -> list[_Option]:
+    """The map as it is, and the forms that no other beats in both cost and error.
+
+    Where every form loses too much, the map is declined with the least that any loses.
+    """
     errors = predicted_errors(one.weight, one.moment, one.forms)
-    costs = [form.cost(one.place, objective) for form in one.forms]
-    best = frontier(one.forms, costs, [errors[form] for form in one.forms])
-    found = [_Option(one.forms[i], costs[i], errors[one.forms[i]]) for i in best]
-    return [_Option(None, dense_cost(one.place, objective), 0.0), *found]
+    best = min(one.forms, key=errors.__getitem__)
+    forms = [form for form in one.forms if errors[form] <= one.config.max_error**2]
+    if not forms:
+        lost, allowed = max(errors[best], 0.0) ** 0.5, one.config.max_error
+        reason = f"loses too much: {best} has relative error {lost:.2f}, above {allowed:g}"
+        ctx.record.declined.append(Decline(reason, one.site.node, one.site.name))
+    costs = [form.cost(one.place, ctx.objective) for form in forms]
+    kept = frontier(forms, costs, [errors[form] for form in forms])
+    found = [_Option(forms[i], costs[i], errors[forms[i]]) for i in kept]
+    return [_Option(None, dense_cost(one.place, ctx.objective), 0.0), *found]
 
 
 def _at_price(options: Sequence[Sequence[_Option]], price: float) -> list[_Option]:

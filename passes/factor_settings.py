@@ -28,6 +28,7 @@ class FactorVvmaConfig:
             read one input, or of a `"row"` of tiles.
         moment: second moment of the inputs that weights the fit: its `"diagonal"`, `"full"`
             (n x n numbers per site), or `"none"`.
+        max_error: relative error of a map's outputs up to which a form is looked at in a search.
     """
 
     form: str = "auto"
@@ -36,6 +37,7 @@ class FactorVvmaConfig:
     rank: int | None = None
     share: str = "matrix"
     moment: str = "diagonal"
+    max_error: float = 0.5
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
