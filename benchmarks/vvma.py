@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from fxpress.kernels.vvma_linear import (
     VvmaKernel,
     emit,
-    kernels_of,
+    kernel_of,
     launch,
-    products_of,
     sums_of,
     whole_of,
 )
 from fxpress.ops.low_rank_linear import low_rank_linear
-from fxpress.ops.vvma_linear import VvmaSite, vvma_linear, vvma_reference
+from fxpress.ops.vvma_linear import VvmaSite, lay_out_cores, vvma_linear, vvma_reference
 
 __all__ = ["measure"]
 
@@ -164,7 +163,7 @@ def factors(size: int, terms: int) -> Factors:
     pieces = size // BLOCK
     shape = (terms, pieces, pieces, BLOCK)
     return [
-        (draw(terms, BLOCK, BLOCK, fan=BLOCK), draw(*shape, fan=terms * pieces))
+        (lay_out_cores(draw(terms, BLOCK, BLOCK, fan=BLOCK)), draw(*shape, fan=terms * pieces))
         for _ in range(LAYERS)
     ]
 
@@ -183,50 +182,41 @@ def ours(row: Row, weights: Factors, x: Tensor) -> dict[str, Any]:
     error = float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
     if error > 0.02:
         raise AssertionError(f"{row}: relative error {error:.3g} against the reference")
-    kernels = kernels_of(site(row, weights), overlap=True)
-    facts = {"relative_error": error, "sources": [emit(s).digest[:16] for s in kernels]}
+    kernel = kernel_of(site(row, weights), overlap=True)
+    facts = {"relative_error": error, "source": emit(kernel).digest[:16], "stage": kernel.stage}
     return chain([_apply(vvma_linear, *pair) for pair in weights], x) | facts
 
 
-def candidates(one: VvmaKernel, batch: int) -> Iterator[tuple[VvmaKernel, ...]]:
-    """Launch options around those that the table gives, and the other number of launches."""
-    sums, products = sums_of(one, batch), products_of(one)
+def candidates(one: VvmaKernel, batch: int) -> Iterator[VvmaKernel]:
+    """Launch options around those that the table gives, and the other number of stages."""
+    sums = sums_of(one, batch)
     if one.terms <= 4:
-        yield (one,)
-        yield (replace(one, prefetch="lines"),)
-    yield sums, products
-    yield replace(sums, prefetch="lines"), replace(products, prefetch="lines")
-    if products.group > 4:
-        yield sums, replace(products, group=1, width=32, warps=4, stages=4)
-    changes: tuple[dict[str, int], ...] = (
-        {"group": 1, "warps": max(sums.warps // sums.group, 2)},
-        {"group": 1, "rows": 2, "warps": max(sums.warps // sums.group, 2)},
-        {"group": 4, "warps": 8 if sums.width > 32 else 4},
-    )
-    if batch > 1:
-        rows = max(sums.rows // 2, 1)
-        changes = ({"rows": rows}, {"rows": sums.rows * 2}, {"warps": sums.warps * 2})
-    for change in changes:
-        changed = replace(sums, **change)  # type: ignore[arg-type]
+        yield one
+        yield replace(one, prefetch="lines")
+        yield replace(one, group=1, width=16, warps=2)
+    yield sums
+    for rows, width, warps in ((1, 16, 2), (1, 64, 2), (2, 64, 2), (8, 64, 2), (1, 128, 8)):
+        changed = replace(sums, rows=min(rows, batch), width=min(width, one.tiles[1]), warps=warps)
         if changed != sums:
-            yield changed, products
+            yield changed
 
 
 def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[str, Any]]:
     """Time candidates until the deadline, fastest first in the result."""
     results: list[dict[str, Any]] = []
-    for specs in candidates(whole_of(site(row, weights), overlap=True), row.batch):
+    for spec in candidates(whole_of(site(row, weights), overlap=True), row.batch):
         if time.monotonic() > deadline:
             break
-        loaded = [(emit(s).load().kernel, s) for s in specs]
+        function = emit(spec).load().kernel
 
-        def layer(x: Tensor, core: Tensor, vectors: Tensor, loaded: Any = loaded) -> Tensor:
-            return launch(loaded, x, core, vectors, None)
+        def layer(
+            x: Tensor, core: Tensor, vectors: Tensor, run: Any = function, s: VvmaKernel = spec
+        ) -> Tensor:
+            return launch(run, s, x, core, vectors, None)
 
         chained = partial(chain, [_apply(layer, *pair) for pair in weights], x)
-        kept = ("stage", "group", "rows", "width", "warps", "stages", "prefetch")
-        facts = {"kernels": [{k: getattr(s, k) for k in kept} for s in specs]}
-        results.append(attempt(chained) | facts)
+        kept = ("stage", "group", "rows", "width", "warps", "prefetch")
+        results.append(attempt(chained) | {"kernel": {k: getattr(spec, k) for k in kept}})
     return sorted(results, key=lambda result: float(result.get("us", 1e9)))
 
 
@@ -283,9 +273,7 @@ def summary(row: Row, result: dict[str, Any]) -> str:
         line += f" | r={terms} {took}" + (f" (reach {reach})" if reach else "")
         for tuned in mine.get("tuned", []):
             took = f"{tuned['us']:.2f}" if "us" in tuned else tuned["error"]
-            options = "; ".join(
-                " ".join(f"{k}={v}" for k, v in kernel.items()) for kernel in tuned["kernels"]
-            )
+            options = " ".join(f"{k}={v}" for k, v in tuned["kernel"].items())
             line += f"\n    {took} {options}"
     return line
 

@@ -3,10 +3,9 @@
     y_i = act(sum_t M_t z_ti + b_i),    z_ti = sum_j v_tij * x_j
 
 At small batch the call is as fast as its vectors are read, and a launch costs as much as reading
-3 MB. Little to read again for each row: one kernel, a program per output piece and row, keeps z on
-chip. Otherwise one kernel stores z, a program per few pieces of all terms, which reads its vectors
-once for all rows of x, so that all multiprocessors read; a second one multiplies by the cores on
-tensor cores, terms apart, so that no product waits for another.
+3 MB. Few terms and little to read again for each row: one kernel, a program per output piece and
+row, keeps z on chip. Otherwise a kernel stores z, a program per piece and term, so that all
+multiprocessors read, and the library's matrix product multiplies by all cores at once.
 
 A program asks for all it reads at once and sums what terms or pieces it has as one tile: x, vectors
 and core have one layout, and nothing moves between threads but sums. From compute capability 9.0 on
@@ -23,20 +22,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.kernels.source import KernelSource
 from fxpress.lowering import Lowering, register
+from fxpress.ops.activations import activate
 from fxpress.ops.vvma_linear import VvmaSite
 from fxpress.rewrite import Decline
 
 __all__ = [
     "VvmaKernel",
     "emit",
-    "kernels_of",
+    "kernel_of",
     "launch",
     "parameters",
-    "products_of",
     "sums_of",
     "whole_of",
 ]
@@ -53,10 +53,7 @@ _BULK = (
 )
 _EACH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
 _TILE = 8192  # elements of one operand that a program sums at a time
-_SHARED = 65536  # bytes of shared memory of a program: three fit on a multiprocessor
-_PROGRAMS = 1024  # some for every quarter of every multiprocessor of a large device
-_COLUMNS = 16  # the least that a tensor core multiplies at a time
-_REREAD = 2**24  # bytes that one kernel may read from the L2 cache, row by row
+_REREAD = 2**25  # bytes that one kernel may read from the L2 cache, row by row
 
 _ACTIVATIONS = {
     "relu": "tl.maximum({y}, 0.0)",
@@ -74,7 +71,7 @@ class VvmaKernel:
     """Everything that the source of a kernel depends on.
 
     Attributes:
-        stage: "whole", "sums" (x and vectors to z) or "products" (z and core to y).
+        stage: "whole", or "sums" (x and vectors to z) alone.
         dtype: "float32", "float16" or "bfloat16", of every tensor.
         block: k, a power of two from 16 to 256.
         terms: r.
@@ -84,8 +81,8 @@ class VvmaKernel:
         bias: whether there is one.
         activation: its name, or None.
         group: terms at a time; in "sums" output pieces of a program, counted over all terms.
-        rows: rows of x that a program serves, one in "whole"; of z in "products".
-        width: input tiles read at a time; output columns of a program in "products".
+        rows: rows of x that a program serves, one in "whole".
+        width: input tiles read at a time.
         overlap: whether the launch overlaps with the kernel before it.
         prefetch: what an overlapping launch does meanwhile: "bulk", "lines" or "none".
         warps: warps of a program.
@@ -124,21 +121,25 @@ def _warps(elements: int, each: int) -> int:
     return min(max(elements // (32 * each), 2), 8)
 
 
-def kernels_of(site: VvmaSite, *, overlap: bool = False) -> tuple[VvmaKernel, ...]:
-    """The kernels that serve a site, in the order of their launches."""
+def kernel_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
+    """The kernel that serves a site, or the first of its two stages."""
     (p, q), k, r = site.tiles, site.block, site.terms
     one = whole_of(site, overlap=overlap)
     read = site.batch * r * p * (q + k) * k * site.dtype.itemsize
-    if not site.shared or (r <= 4 and k <= 128 and read <= _REREAD):
-        return (one,)
-    return sums_of(one, site.batch), products_of(one)
+    few = r <= 2 or (r <= 4 and site.batch == 1)
+    if not site.shared or (few and k <= 128 and read <= _REREAD):
+        return one
+    return sums_of(one, site.batch)
 
 
 def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
     """One kernel that serves a site."""
     q, k, r = site.tiles[1], site.block, site.terms
     width = min(_power_of_two(q), (_TILE if site.batch == 1 else _TILE // 2) // k)
-    terms = _group(r, 2 * _TILE // (k * max(width, k)))
+    if r > 2 and q * k <= _TILE // 2:
+        width = min(width, 32)  # more programs at a time hide what each term waits for
+    terms = _group(r, 2 if r > 2 else 1)
+    narrow = site.dtype == torch.float32 or (site.batch == 1 and r <= 2)
     return VvmaKernel(
         stage="whole",
         dtype=_DTYPES[site.dtype],
@@ -152,41 +153,24 @@ def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
         group=terms,
         width=width,
         overlap=overlap,
-        warps=_warps(terms * max(width, k) * k, 32 if site.batch == 1 else 64),
+        warps=_warps(terms * max(width, k) * k, 32 if narrow else 64),
     )
 
 
 def sums_of(one: VvmaKernel, batch: int) -> VvmaKernel:
-    """The first of two kernels that compute what `one` does."""
-    (p, q), k = one.tiles, one.block
-    width = min(_power_of_two(q), _TILE // k)
-    group = _group(one.terms * p, min(2, _TILE // (width * k))) if batch == 1 else 1
+    """The kernel of the first stage of what `one` does: what was fastest on an H100."""
+    (p, q), k, r = one.tiles, one.block, one.terms
+    bytes_read = r * p * q * k * getattr(torch, one.dtype).itemsize
+    few = batch == 1 and q <= 64
+    width = min(_power_of_two(q), 16 if few else _TILE // 2 // k)
+    rows = 1 if batch == 1 else 2 if bytes_read < 2**23 else 8
     return replace(
         one,
         stage="sums",
-        bias=False,
-        activation=None,
-        group=group,
-        # Fewer rows a program where there are too few programs to hide what each waits for.
-        rows=min(batch, 8, max(2, _power_of_two(batch * one.terms * p // _PROGRAMS))) or 1,
+        group=1,
+        rows=rows,
         width=width,
-        warps=_warps(group * width * k, 64),
-    )
-
-
-def products_of(one: VvmaKernel) -> VvmaKernel:
-    """The second one."""
-    k, size = one.block, getattr(torch, one.dtype).itemsize
-    staged = size if size == 2 else 2 * size  # products in float32 use no tensor core
-    group = _group(one.terms, _SHARED // (2 * _COLUMNS * k * staged))
-    return replace(
-        one,
-        stage="products",
-        group=group,
-        rows=16,
-        width=_COLUMNS if group > 1 else min(32, k),
-        warps=min(max(group, 4), 8),
-        stages=3 if group > 1 else 4,
+        warps=4 if batch == 1 and not few else 2,
     )
 
 
@@ -195,21 +179,16 @@ def products_of(one: VvmaKernel) -> VvmaKernel:
 
 def parameters(s: VvmaKernel) -> list[str]:
     """Names of the kernel's parameters; tensors in capitals."""
-    tensors = {
-        "whole": ["X", "CORE", "VECTORS"],
-        "sums": ["X", "VECTORS"],
-        "products": ["Z", "CORE"],
-    }[s.stage]
-    tensors = tensors + ["BIAS"] * s.bias + ["Z" if s.stage == "sums" else "Y"]
-    return [*tensors, "batch", *(["x_row"] if s.stage != "products" else [])]
+    if s.stage == "sums":
+        return ["X", "VECTORS", "Z", "batch", "x_row"]
+    cores = ["core_term", "core_row"] + ["core_piece"] * (not s.shared)
+    return ["X", "CORE", "VECTORS", *["BIAS"] * s.bias, "Y", "batch", "x_row", *cores]
 
 
 def _header(s: VvmaKernel) -> str:
-    does = {
-        "whole": "y = act(sum_t M_t (sum_j v_tij * x_j) + b)",
-        "sums": "z_ti = sum_j v_tij * x_j",
-        "products": "y_i = act(sum_t M_t z_ti + b_i)",
-    }[s.stage]
+    does = "z_ti = sum_j v_tij * x_j"
+    if s.stage == "whole":
+        does = "y = act(sum_t M_t (sum_j v_tij * x_j) + b)"
     (m, n), (p, q) = s.features, s.tiles
     facts = [does, f"n = {n} in {q} pieces, m = {m} in {p} pieces of {s.block} lanes: {s.dtype}"]
     facts += [f"{s.terms} terms"] * (s.terms > 1)
@@ -313,13 +292,13 @@ def _tile(s: VvmaKernel) -> list[str]:
 def _whole(s: VvmaKernel) -> list[str]:
     (p, q), k, (m, _n), r = s.tiles, s.block, s.features, s.terms
     piece, many, steps = q * k, s.group > 1, s.group < r
-    core = "CORE" if s.shared else f"CORE + i * {r * k * k}"
+    core = "CORE" if s.shared else "CORE + i * core_piece"
     v_at, m_at = f"VECTORS + i * {piece}", core
     if many:
-        v_at, m_at = f"{v_at} + t * {p * piece}", f"{m_at} + t * {k * k}"
+        v_at, m_at = f"{v_at} + t * {p * piece}", f"{m_at} + t * core_term"
     shared, sums = _sums(s, f"v_at + step * {p * piece}" if steps else "v_at")
     term = [
-        f"m = tl.load(m_at{f' + step * {k * k}' if steps else ''}).to(tl.float32)",
+        f"m = tl.load(m_at{' + step * core_term' if steps else ''}).to(tl.float32)",
         *shared,
         *sums,
         "y += tl.sum(tl.sum(m * z[:, None, :], 2), 0)"
@@ -335,7 +314,7 @@ def _whole(s: VvmaKernel) -> list[str]:
         f"a = tl.arange(0, {k})",
         "x_at = X + b * x_row + at",
         f"v_at = {v_at} + at",
-        f"m_at = {m_at} + a[:, None] * {k} + c[None, :]",
+        f"m_at = {m_at} + a[:, None] * core_row + c[None, :]",
         *_wait(s, {v_at: piece, m_at: k * k}),
         f"y = tl.zeros(({k},), tl.float32)",
         *([f"for step in range(0, {r}, {s.group}):", *_indent(term)] if steps else term),
@@ -369,39 +348,6 @@ def _sums_alone(s: VvmaKernel) -> list[str]:
     ]
 
 
-def _products(s: VvmaKernel) -> list[str]:
-    (p, _q), k, (m, _n), r = s.tiles, s.block, s.features, s.terms
-    many, steps = s.group > 1, s.group < r
-    precise = ', input_precision="ieee"' if s.dtype == "float32" else ""
-    t = f"t = tl.arange(0, {s.group})[:, None, None]"
-    shape = (s.group,) * many + (s.rows, s.width)
-    z, core = "z_at", "core_at"
-    if steps:
-        z, core = f"z_at + step * {k}", f"core_at + step * {k * k}"
-    dot = f"y = tl.dot(tl.load({z}), tl.load({core}), y{precise})"
-    guards = ["row[:, None] < pieces"] + [f"column < {m}"] * (m < p * k)
-    return [
-        "# One program: some columns of some output pieces, whatever row they belong to.",
-        f"pieces = batch * {p}",
-        f"row = tl.program_id(0) * {s.rows} + tl.arange(0, {s.rows})",
-        f"first = tl.program_id(1) * {s.width}",
-        f"a = first + tl.arange(0, {s.width})",
-        f"c = tl.arange(0, {k})",
-        *[t] * many,
-        f"z_at = Z + tl.minimum(row, pieces - 1)[:, None] * {r * k} + c[None, :]",
-        f"core_at = CORE + a[None, :] * {k} + c[:, None]",
-        *[f"z_at = z_at + t * {k}", f"core_at = core_at + t * {k * k}"] * many,
-        *_wait(s, {f"CORE + {f't * {k * k} + ' * many}first * {k}": s.width * k}),
-        f"y = tl.zeros({shape}, tl.float32)",
-        *([f"for step in range(0, {r}, {s.group}):", *_indent([dot])] if steps else [dot]),
-        *["y = tl.sum(y, 0)"] * many,
-        f"column = row[:, None] % {p} * {k} + a[None, :]",
-        *_bias(s, "column"),
-        *_finish(s, "y"),
-        _store(s, f"Y + row[:, None] // {p} * {m} + column", "y", guards),
-    ]
-
-
 def _store(s: VvmaKernel, at: str, value: str, guards: list[str]) -> str:
     mask = " & ".join(f"({g})" for g in guards) if len(guards) > 1 else "".join(guards)
     return f"tl.store({at}, {value}.to(tl.{s.dtype}){f', mask={mask}' if mask else ''})"
@@ -409,7 +355,7 @@ def _store(s: VvmaKernel, at: str, value: str, guards: list[str]) -> str:
 
 def emit(s: VvmaKernel) -> KernelSource:
     """Generate the source of one kernel: a pure function of its spec."""
-    body = {"whole": _whole, "sums": _sums_alone, "products": _products}[s.stage](s)
+    body = _whole(s) if s.stage == "whole" else _sums_alone(s)
     indented = "\n".join(_indent(body))
     kernel = f"@triton.jit\ndef kernel({', '.join(parameters(s))}):\n{indented}\n"
     text = f"{_header(s)}\n\n{kernel}"
@@ -421,38 +367,41 @@ def emit(s: VvmaKernel) -> KernelSource:
 
 def _grid(s: VvmaKernel, batch: int) -> tuple[int, int]:
     p = s.tiles[0]
-    if s.stage == "products":
-        return (-(-batch * p // s.rows), s.block // s.width)
     if s.stage == "sums":
         return (p * s.terms // s.group, -(-batch // s.rows))
     return (batch, p)
 
 
 def launch(
-    kernels: Sequence[tuple[Any, VvmaKernel]],
-    x: Tensor,
-    core: Tensor,
-    vectors: Tensor,
-    bias: Tensor | None,
+    function: Any, s: VvmaKernel, x: Tensor, core: Tensor, vectors: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Run kernels, those that `emit` loads or what wraps them, on x (B, n)."""
+    """Run the kernel that `emit(s)` loads, or what wraps it, and what is left: y of x (B, n)."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch = x.shape[0]
-    tensors = {"X": x, "CORE": core.contiguous(), "VECTORS": vectors.contiguous(), "BIAS": bias}
-    for function, s in kernels:
-        out = x.new_empty(
-            (batch, s.tiles[0], s.terms, s.block) if s.stage == "sums" else (batch, s.features[0])
-        )
-        tensors["Z" if s.stage == "sums" else "Y"] = out
-        numbers = {"batch": batch, "x_row": x.stride(0)}
-        options = {"launch_pdl": True} if s.overlap else {}
-        function[_grid(s, batch)](
-            *((tensors | numbers)[name] for name in parameters(s)),
-            num_warps=s.warps,
-            num_stages=s.stages,
-            **options,
-        )
-    return out
+    core = core if core.stride(-1) == 1 else core.contiguous()
+    whole = s.stage == "whole"
+    out = x.new_empty((batch, s.features[0]) if whole else (batch, s.tiles[0], s.terms, s.block))
+    tensors = {"X": x, "CORE": core, "VECTORS": vectors.contiguous(), "BIAS": bias}
+    numbers = {"batch": batch, "x_row": x.stride(0), "core_piece": core.stride(0)}
+    numbers |= {"core_term": core.stride(-3), "core_row": core.stride(-2)}
+    arguments: dict[str, Any] = {**tensors, "Y": out, "Z": out, **numbers}
+    function[_grid(s, batch)](
+        *(arguments[name] for name in parameters(s)),
+        num_warps=s.warps,
+        num_stages=s.stages,
+        **({"launch_pdl": True} if s.overlap else {}),
+    )
+    return out if whole else _multiply_by_cores(s, out, core, bias)
+
+
+def _multiply_by_cores(s: VvmaKernel, z: Tensor, core: Tensor, bias: Tensor | None) -> Tensor:
+    """The second stage, y (B, m) of z (B, p, r, k): one product with all cores.
+
+    It copies none where row a of all of them is contiguous (`lay_out_cores`).
+    """
+    rows = core.transpose(0, 1).reshape(s.block, s.terms * s.block)
+    y = F.linear(z.view(-1, s.terms * s.block), rows).view(z.shape[0], -1)[:, : s.features[0]]
+    return activate(y if bias is None else y + bias, s.activation).contiguous()
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -466,13 +415,14 @@ def _overlaps(x: Tensor) -> bool:
 
 
 @functools.cache
-def _loaded(site: VvmaSite, overlap: bool) -> tuple[tuple[Any, VvmaKernel], ...]:
-    return tuple((emit(s).load().kernel, s) for s in kernels_of(site, overlap=overlap))
+def _loaded(site: VvmaSite, overlap: bool) -> tuple[Any, VvmaKernel]:
+    s = kernel_of(site, overlap=overlap)
+    return emit(s).load().kernel, s
 
 
 def _run(site: VvmaSite, x: Tensor, core: Tensor, vectors: Tensor, bias: Tensor | None) -> Tensor:
-    kernels = [(torch.library.wrap_triton(k), s) for k, s in _loaded(site, _overlaps(x))]
-    return launch(kernels, x, core, vectors, bias)
+    function, s = _loaded(site, _overlaps(x))
+    return launch(torch.library.wrap_triton(function), s, x, core, vectors, bias)
 
 
 def _accepts(site: VvmaSite) -> Decline | None:
@@ -500,6 +450,6 @@ register(
         accepts=_accepts,
         cost=_cost,
         run=_run,
-        source=lambda site: "\n\n".join(emit(s).text for s in kernels_of(site)),
+        source=lambda site: emit(kernel_of(site)).text,
     )
 )

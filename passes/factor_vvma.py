@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 
 from fxpress.cost import hardware_of
 from fxpress.errors import PassError
-from fxpress.ops import low_rank_linear, vvma_linear  # noqa: F401 - defines the operators
+from fxpress.ops import low_rank_linear  # noqa: F401 - defines the operator
+from fxpress.ops.vvma_linear import lay_out_cores
 from fxpress.passes.factor_forms import Form, Place, dense_cost
 from fxpress.passes.factor_ladder import propose_forms
 from fxpress.passes.factor_settings import FactorVvmaConfig
@@ -160,6 +161,8 @@ def _register(program: Program, name: str, tensor: Tensor, device: torch.device)
     for have, parameter in program.graph_module.named_parameters(recurse=False):
         if have.endswith("_core") and name.endswith("_core") and _equal(parameter, tensor):
             return have
+    if name.endswith("_core"):
+        tensor = lay_out_cores(tensor)
     return program.register(name, nn.Parameter(tensor.to(device)))
 
 

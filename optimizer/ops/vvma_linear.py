@@ -27,7 +27,7 @@ from fxpress.ops.activations import activate, activation_gradient
 from fxpress.ops.define import define
 from fxpress.ops.linear_checks import operand_problem
 
-__all__ = ["VvmaSite", "vvma_linear", "vvma_reference"]
+__all__ = ["VvmaSite", "lay_out_cores", "vvma_linear", "vvma_reference"]
 
 _OPERATOR = "fxpress::vvma_linear"
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -89,6 +89,14 @@ class VvmaSite:
 
 
 # --- the two stages -------------------------------------------------------------------------
+
+
+def lay_out_cores(core: Tensor) -> Tensor:
+    """The same cores (r, k, k) with row a of all of them contiguous: one matrix (k, r k) in memory.
+
+    So the product with all cores at once copies none.
+    """
+    return core.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def _cut(x: Tensor, pieces: int, block: int) -> Tensor:

@@ -14,14 +14,13 @@ from fxpress import kernels, lowering
 from fxpress.kernels.vvma_linear import (
     VvmaKernel,
     emit,
-    kernels_of,
+    kernel_of,
     launch,
-    products_of,
     sums_of,
     whole_of,
 )
 from fxpress.ops.linear_samples import vvma_samples
-from fxpress.ops.vvma_linear import VvmaSite, vvma_linear, vvma_reference
+from fxpress.ops.vvma_linear import VvmaSite, lay_out_cores, vvma_linear, vvma_reference
 from fxpress.testing import assert_equivalent
 
 pytestmark = pytest.mark.gpu
@@ -77,11 +76,12 @@ def test_a_chain_of_layers(overlap: bool, terms: int) -> None:
     layers = [weights(terms) for _ in range(24)]
     x = torch.randn(1, 1024, device="cuda").half()
     site = VvmaSite.of(x, *layers[0], None, None, 1024)
-    loaded = [(emit(s).load().kernel, s) for s in kernels_of(site, overlap=overlap)]
+    kernel, plain = kernel_of(site, overlap=overlap), kernel_of(site)
+    function = emit(kernel).load().kernel
 
     def chain(x: Tensor) -> Tensor:
         for core, vectors in layers:
-            x = launch(loaded, x, core, vectors, None)
+            x = launch(function, kernel, x, core, vectors, None)
         return x
 
     eager = chain(x)
@@ -92,9 +92,8 @@ def test_a_chain_of_layers(overlap: bool, terms: int) -> None:
         out.zero_()
         graph.replay()
         assert torch.equal(out, eager)
-    plain = tuple((emit(s).load().kernel, s) for s in kernels_of(site))
     for core, vectors in layers:
-        x = launch(plain, x, core, vectors, None)
+        x = launch(emit(plain).load().kernel, plain, x, core, vectors, None)
         torch.cuda.synchronize()
     assert torch.equal(x, eager)
 
@@ -145,14 +144,20 @@ def test_options_change_no_result(terms: int) -> None:
     core, vectors = weights(terms)
     x = torch.randn(5, 1024, device="cuda").half()
     one = whole_of(VvmaSite.of(x, core, vectors, None, None, 1024))
-    ways: list[tuple[VvmaKernel, ...]] = [(replace(one, group=2, width=8, warps=2),), (one,)]
+    ways = [replace(one, group=2, width=8, warps=2), one]
     for group, rows, width in ((1, 1, 16), (2, 4, 8), (4, 8, 16)):
-        sums = replace(sums_of(one, 5), group=group, rows=rows, width=width)
-        ways += [(sums, products_of(one)), (sums, replace(products_of(one), group=2, width=32))]
-    for kernels_ in ways:
-        loaded = [(emit(s).load().kernel, s) for s in kernels_]
+        ways.append(replace(sums_of(one, 5), group=group, rows=rows, width=width))
+    for kernel in ways:
+        function = emit(kernel).load().kernel
 
-        def call(x: Tensor, core: Tensor, vectors: Tensor, loaded: Any = loaded) -> Tensor:
-            return launch(loaded, x, core, vectors, None)
+        def call(
+            x: Tensor,
+            core: Tensor,
+            vectors: Tensor,
+            run: Any = function,
+            kernel: VvmaKernel = kernel,
+        ) -> Tensor:
+            return launch(run, kernel, x, core, vectors, None)
 
         assert_equivalent(call, vvma_reference, (x, core, vectors))
+        assert_equivalent(call, vvma_reference, (x, lay_out_cores(core), vectors))

@@ -12,14 +12,13 @@ from torch import Tensor
 from fxpress.kernels.vvma_linear import (
     VvmaKernel,
     emit,
-    kernels_of,
+    kernel_of,
     launch,
-    products_of,
     sums_of,
     whole_of,
 )
 from fxpress.ops.linear_samples import vvma_samples
-from fxpress.ops.vvma_linear import VvmaSite, vvma_reference
+from fxpress.ops.vvma_linear import VvmaSite, lay_out_cores, vvma_reference
 from fxpress.testing import assert_equivalent
 
 DTYPES = [torch.float32, torch.float16]
@@ -30,8 +29,9 @@ def interpreted(x: Tensor, core: Tensor, vectors: Tensor, *rest: Any) -> Tensor:
     bias, activation, m = rest
     rows = x.reshape(-1, x.shape[-1])
     site = VvmaSite.of(rows, core, vectors, bias, activation, m)
-    kernels = [(emit(s).load().kernel, s) for s in kernels_of(site)]
-    return launch(kernels, rows, core, vectors, bias).view(*x.shape[:-1], m)
+    kernel = kernel_of(site)
+    y = launch(emit(kernel).load().kernel, kernel, rows, core, vectors, bias)
+    return y.view(*x.shape[:-1], m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,14 +46,20 @@ def test_options_change_no_result(terms: int) -> None:
     core, vectors = torch.randn(terms, 16, 16), torch.randn(terms, 4, 8, 16)
     x = torch.randn(5, 128)
     one = whole_of(VvmaSite.of(x, core, vectors, None, None, 64))
-    ways: list[tuple[VvmaKernel, ...]] = [(one,), (replace(one, group=2, width=4),)]
+    ways = [one, replace(one, group=2, width=4)]
     for group, rows, width in ((1, 1, 8), (2, 4, 4), (4, 8, 8)):
-        sums = replace(sums_of(one, 5), group=group, rows=rows, width=width)
-        ways += [(sums, products_of(one)), (sums, replace(products_of(one), group=2, rows=32))]
-    for kernels in ways:
-        loaded = [(emit(s).load().kernel, s) for s in kernels]
+        ways.append(replace(sums_of(one, 5), group=group, rows=rows, width=width))
+    for kernel in ways:
+        function = emit(kernel).load().kernel
 
-        def call(x: Tensor, core: Tensor, vectors: Tensor, loaded: Any = loaded) -> Tensor:
-            return launch(loaded, x, core, vectors, None)
+        def call(
+            x: Tensor,
+            core: Tensor,
+            vectors: Tensor,
+            run: Any = function,
+            kernel: VvmaKernel = kernel,
+        ) -> Tensor:
+            return launch(run, kernel, x, core, vectors, None)
 
         assert_equivalent(call, vvma_reference, (x, core, vectors))
+        assert_equivalent(call, vvma_reference, (x, lay_out_cores(core), vectors))
