@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxpress
@@ -56,7 +58,20 @@ def trained(name: str) -> tuple[Any, list[dict[str, Any]]]:
     return model, batches
 
 
-@pytest.mark.parametrize("name", NAMES)
+def check(
+    o: fxpress.OptimizedModule, name: str, level: Callable[[str], float]
+) -> dict[str, Tensor]:
+    """Every site of the model is pruned as far as was asked for; return the masks."""
+    record = o.passes["prune-attention"]
+    assert Counter(entry["kind"] for entry in record.ledger.values()) == SITES[name]
+    assert len(record.rewrites) == len(record.masks) == sum(SITES[name].values())
+    for site, layout in record.masks.items():
+        assert 0.9 - level(site) < layout.live_density < 1.1 - level(site)
+    return {site: layout.to_dense() for site, layout in record.masks.items()}
+
+
+# All of Whisper, and so its encoder.
+@pytest.mark.parametrize("name", ["minilm", "whisper-tiny"])
 @pytest.mark.parametrize("pruned", [0.5, 0.8])
 def test_pruned_blocks_equal_the_masked_reference(
     name: str, pruned: float, masked: Callable[..., Any]
@@ -64,12 +79,18 @@ def test_pruned_blocks_equal_the_masked_reference(
     model, batches = trained(name)
     config = {"prune-attention": {"pruned": pruned, "block": 16}}
     o = fxpress.optimize(model, batches, judge="off", config=config)
-    record = o.passes["prune-attention"]
-    assert Counter(entry["kind"] for entry in record.ledger.values()) == SITES[name]
-    assert len(record.rewrites) == len(record.masks) == sum(SITES[name].values())
-    for layout in record.masks.values():
-        assert 1 - pruned - 0.1 < layout.live_density < 1 - pruned + 0.1
-    masks = {site: layout.to_dense() for site, layout in record.masks.items()}
+    masks = check(o, name, lambda _: pruned)
+    assert_equivalent(o, masked(model, masks), (), batches[0])
+
+
+def test_smollm2_at_two_levels_equals_the_masked_reference(masked: Callable[..., Any]) -> None:
+    """One run for both levels, layer by layer in turn: it takes its time."""
+    model, batches = trained("smollm2")
+    odd = "model.layers.*[13579].self_attn"
+    config: dict[str, Any] = {"prune-attention": {"pruned": 0.5, "block": 16}}
+    config |= {odd: {"prune-attention": {"pruned": 0.8}}}
+    o = fxpress.optimize(model, batches, judge="off", config=config)
+    masks = check(o, "smollm2", lambda site: 0.8 if fnmatch(site, odd) else 0.5)
     assert_equivalent(o, masked(model, masks), (), batches[0])
 
 
