@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxpress.containers import register_containers
 from fxpress.errors import CaptureError
-from fxpress.program import Program, alias_parameter
+from fxpress.program import Program, alias_parameter, source_line
 from fxpress.signature import Signature
 from fxpress.verify import mutates, verify
 
-__all__ = ["Call", "capture", "capture_calls", "frozen"]
+__all__ = ["Call", "capture", "capture_calls", "frozen", "kept_buffers"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
@@ -57,8 +58,10 @@ def capture(
             the source line. `fxpress.optimize` and `fxpress.explain` then work on the largest
             parts that can.
     """
+    register_containers((args, kwargs))
+    args, kwargs = _on_meta(model, (tuple(args), dict(kwargs or {})))
     try:
-        signature, cargs, ckwargs = Signature.of(model, args, kwargs or {})
+        signature, cargs, ckwargs = Signature.of(model, args, kwargs)
     except TypeError as error:
         raise CaptureError(f"{type(model).__name__} cannot be called like this: {error}") from error
     shapes = _by_name(model, cargs, ckwargs, dynamic_shapes)
@@ -66,6 +69,7 @@ def capture(
     with frozen(model), _custom_functions(functions):
         exported = _export(model, cargs, ckwargs, shapes)
     program = Program(_graph_module(exported), signature)
+    _refuse_nested_graphs(model, program.graph)
     program.untrainable = _why_untrainable(functions)
     verify(program)
     return program
@@ -77,6 +81,7 @@ def capture_calls(model: nn.Module, calls: Sequence[Call]) -> Program:
     Raises:
         CaptureError: as `capture`, and where the calls differ in more than sizes.
     """
+    register_containers(calls)
     canonical = []
     for args, kwargs in calls:
         try:
@@ -105,12 +110,21 @@ def _dynamic(model: nn.Module, calls: Sequence[Call], chosen: Call) -> dict[str,
     marks = [_varying(column) for column in zip(*leaves, strict=True)]
     if not any(marks):
         return None
-    structure = pytree.tree_structure(chosen)
-    args, kwargs = pytree.tree_unflatten([mark or None for mark in marks], structure)
+    args, kwargs = _as_shapes(pytree.tree_structure(chosen), iter(marks))
     shapes = dict(kwargs)
     if args:
         shapes |= _positional_names(model, args)
     return shapes
+
+
+def _as_shapes(structure: Any, marks: Iterator[dict[int, Any]]) -> Any:
+    """Marks in the form of `dynamic_shapes`: torch wants lists in the place of other objects."""
+    if structure.is_leaf():
+        return next(marks) or None
+    inner = [_as_shapes(child, marks) for child in structure.children()]
+    if structure.type not in (tuple, list, dict):
+        return inner
+    return pytree.SUPPORTED_NODES[structure.type].unflatten_fn(inner, structure.context)
 
 
 def _varying(column: Sequence[Any]) -> dict[int, Any]:
@@ -165,6 +179,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Let a model run, and give its buffers the values back that they had."""
+    before = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    values = {name: buffer.clone() for name, buffer in before.items()}
+    versions = {name: buffer._version for name, buffer in before.items()}
+    try:
+        yield
+    finally:
+        for name, buffer in before.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, buffer)  # it may have been assigned anew
+            if buffer._version != versions[name]:
+                buffer.copy_(values[name])
+
+
+@contextlib.contextmanager
 def _custom_functions(seen: list[str]) -> Iterator[None]:
     """Note every user-defined `autograd.Function` that runs: export drops its backward."""
     original = torch.autograd.Function.__dict__["apply"]
@@ -188,14 +218,47 @@ def _why_untrainable(functions: Sequence[str]) -> str:
     return f"the model defines its own backward in {names}, which capture cannot keep"
 
 
+def _on_meta(model: nn.Module, call: Call) -> Call:
+    """A call of a model without storage, without storage too; any other call as it is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not tensors or not all(t.is_meta for t in tensors):
+        return call
+    moved: Call = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), call)
+    return moved
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> torch.export.ExportedProgram:
+    """Export, once more where the outputs turn out to be objects that torch does not know."""
+    try:
+        return _export_known(model, args, kwargs, shapes)
+    except CaptureError:
+        if not _learns_outputs(model, args, kwargs):
+            raise
+        return _export_known(model, args, kwargs, shapes)
+
+
+def _learns_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a run of the model returns objects that were not known before."""
+    try:
+        with torch.no_grad(), kept_buffers(model):
+            return register_containers(model(*args, **kwargs))
+    except Exception:  # noqa: BLE001  (export has raised it already)
+        return False
+
+
+def _export_known(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
     first: Exception | None = None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = torch.device("meta") if device.type == "meta" else contextlib.nullcontext()
     for strict in (False, True):
         try:
             # Where torch gives up it prints the whole graph; the reason alone is for the user.
             with (
+                place,
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):
@@ -261,6 +324,20 @@ def _strip(graph: fx.Graph) -> None:
             node.args = (node.args[0], node.args[2], *node.args[3:])
         elif mutates(node):
             node.meta["epilogue"] = True
+            written = node.args[0]
+            assert isinstance(written, fx.Node)
+            node.meta.setdefault("val", written.meta["val"])
+
+
+def _refuse_nested_graphs(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse what holds graphs of its own (`torch.cond`, say): no pass would look into them."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            line = source_line(node)
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured whole: {node.target} holds a graph "
+                "of its own" + (f" (at {line})" if line else "")
+            )
 
 
 def _inline_gradient_modes(module: fx.GraphModule) -> None:

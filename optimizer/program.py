@@ -69,7 +69,11 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """`file:line` of the innermost frame of model code that made the node, or `""`."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [
+        frame
+        for frame in _FRAME.finditer(node.meta.get("stack_trace") or "")
+        if not frame["file"].startswith("<")  # code that torch made up
+    ]
     return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else ""
 
 

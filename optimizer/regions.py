@@ -7,9 +7,10 @@ Python. A captured part sits in the tree where the module sat, under the same st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxpress.capture import Call, capture_calls, frozen
+from fxpress.capture import Call, capture_calls, frozen, kept_buffers
+from fxpress.containers import register_containers
 from fxpress.errors import CaptureError
 from fxpress.program import Program
 from fxpress.rewrite import Snapshot
@@ -216,7 +218,10 @@ def capture_model(model: nn.Module, calls: Sequence[Call]) -> CapturedModel:
         return CapturedModel(model, {"": capture_calls(model, calls)})
     except CaptureError as error:
         captured = CapturedModel(model, {}, [RegionFailure("", str(error))])
-    recorded = _record_calls(model, calls[:_RECORDED_CALLS])
+    try:
+        recorded = _record_calls(model, calls[:_RECORDED_CALLS])
+    except Exception as error:
+        raise CaptureError(f"the model does not run: {error}") from error
     _descend(model, "", recorded, captured)
     if not captured.programs:
         raise CaptureError(f"no part of the model can be captured; {captured.failures[0].reason}")
@@ -242,11 +247,13 @@ def _descend(
 def _record_calls(model: nn.Module, calls: Sequence[Call]) -> dict[str, list[Call]]:
     """The inputs of every submodule during some calls, by path."""
     recorded: dict[str, list[Call]] = {}
+    recording = [True]
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entry = recorded.setdefault(path, [])
-            if len(entry) < _RECORDED_CALLS:
+            if recording[0] and len(entry) < _RECORDED_CALLS:
+                register_containers((args, kwargs))
                 entry.append(pytree.tree_map(_keep, (args, kwargs)))
 
         return hook
@@ -257,13 +264,35 @@ def _record_calls(model: nn.Module, calls: Sequence[Call]) -> dict[str, list[Cal
         if path
     ]
     try:
-        with frozen(model), torch.no_grad():
+        with frozen(model), kept_buffers(model), torch.no_grad(), _eager_branches(recording):
             for args, kwargs in calls:
                 model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return recorded
+
+
+@contextlib.contextmanager
+def _eager_branches(recording: list[bool]) -> Iterator[None]:
+    """Run `torch.cond` as Python would, without recording: torch compiles what is in a branch.
+
+    What is compiled there must not become a region, for tracing cannot look through one.
+    """
+    original = torch.cond
+
+    def cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        outside, recording[0] = recording[0], False
+        try:
+            return (true_fn if pred else false_fn)(*operands)
+        finally:
+            recording[0] = outside
+
+    torch.cond = cond
+    try:
+        yield
+    finally:
+        torch.cond = original
 
 
 def _keep(value: Any) -> Any:
