@@ -271,7 +271,8 @@ def _tokens_of(folder: Path) -> Reader:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = [tokenizer(line)["input_ids"][:_BYTES] for line in _lines(path)]
+        cut = {"truncation": True, "max_length": _BYTES}
+        ids = [tokenizer(line, **cut)["input_ids"] for line in _lines(path)]
         whole = [row for row in ids if len(row) == _BYTES]
         if not whole:
             raise CalibrationError(f"{path}: no line has {_BYTES} tokens")

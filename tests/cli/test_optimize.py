@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import fxpress
-from fxpress.cli_inputs import read_arrays
+from fxpress.cli_inputs import from_config, read_arrays
+from fxpress.errors import CalibrationError
 from fxpress.testing import BITWISE, assert_equivalent
 
 Run = Any  # conftest.Run
@@ -80,16 +81,39 @@ def test_arrays_are_cut_into_batches_of_eight(suffix: str, tmp_path: Path) -> No
     assert torch.equal(torch.cat(found), x)
 
 
-def test_a_model_of_a_configuration_reads_texts_as_bytes(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The configuration of a small model of transformers, with a text beside it."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 256}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {"model_type": "bert", **sizes, **heads}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "text.txt").write_text("a text of more than sixty-four bytes. " * 10)
-    data = ("--calib", str(tmp_path / "text.txt"))
-    done = run("explain", "--model", f"hf-config:{tmp_path / 'config.json'}", *data, "--json")
+    text = {"model_type": "bert", **sizes, **heads}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    (tmp_path / "text.txt").write_text("a word\n" + "word " * 80)
+    return tmp_path / "config.json"
+
+
+def test_a_model_of_a_configuration_reads_bytes_without_a_tokenizer(run: Run, config: Path) -> None:
+    data = ("--calib", str(config.with_name("text.txt")))
+    done = run("explain", "--model", f"hf-config:{config}", *data, "--json")
     assert done.code == 0, done.err
     assert [site["shape"][3] for site in done.json["attention"]] == [64]
+
+
+def test_a_tokenizer_beside_the_configuration_reads_lines_that_are_long_enough(
+    config: Path,
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"word": 7, "?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(config.parent)
+    subject = from_config(config)
+    (batch,) = subject.read(config.with_name("text.txt"), 8)
+    assert batch["input_ids"].tolist() == [[7] * 64]
+    config.with_name("short.txt").write_text("a word\n")
+    with pytest.raises(CalibrationError, match="no line has 64 tokens"):
+        subject.read(config.with_name("short.txt"), 8)
 
 
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "fxpress"], ["fxpress"]])
