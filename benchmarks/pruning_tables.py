@@ -26,7 +26,7 @@ Three things that are easily confused:
 - **live density**: cells kept, as a share of those that attention could use. It is not quite
   1 - pruned: every row keeps a key, and blocks that the diagonal cuts count as whole ones;
 - **tile density**: tiles of 64 x 32 cells with a kept cell, as a share of all N^2: what a kernel of
-  such tiles computes. Dense causal attention has .52. *Packed*: what the CPU's columns, gathered
+  such tiles computes. Dense causal attention has .53. *Packed*: what the CPU's columns, gathered
   per tile of rows, compute.
 """
 
@@ -43,7 +43,8 @@ MINILM = """
 ## MiniLM, 128 tokens
 
 Mean cosine of sentence vectors to those of the unpruned model, scope global, learned on
-{learned_on} batches of 8 paragraphs, measured on {judged_on} others.
+{learned_on} batches of 8 paragraphs, measured on {judged_on} others. A window grows by whole rings
+of blocks, so that its live density is above 1 - pruned: compare it by the densities.
 """
 
 
@@ -62,7 +63,13 @@ def smollm2(results: dict[str, Any]) -> str:
     """One table per level."""
     text = SMOLLM2.format(**results)
     for pruned in sorted({row["pruned"] for row in results["rows"]}):
-        head = [f"{pruned:.0%} pruned", "perplexity", "live density", "tile density", "packed"]
+        head = [
+            f"{100 * pruned:g} % pruned",
+            "perplexity",
+            "live density",
+            "tile density",
+            "packed",
+        ]
         rows = [row for row in results["rows"] if row["pruned"] == pruned]
         text += table(
             head,
@@ -88,7 +95,7 @@ def minilm(results: dict[str, Any]) -> str:
         densities = f"{short(row['live_density'])}, {short(row['tile_density'])}"
         cell = f"{row['cosine']:.3f} ({densities})"
         lines.setdefault(f"{row['mask']}, block {row['block']}", []).append(cell)
-    head = ["cosine (live, tile density)", *(f"{pruned:.0%} pruned" for pruned in levels)]
+    head = ["cosine (live, tile density)", *(f"{100 * pruned:g} % pruned" for pruned in levels)]
     return MINILM.format(**results) + table(head, ([name, *cells] for name, cells in lines.items()))
 
 
