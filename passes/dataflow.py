@@ -23,6 +23,7 @@ __all__ = [
     "Constants",
     "MaskFactors",
     "argument",
+    "captured",
     "constant_value",
     "is_closed",
     "is_noop",
@@ -47,7 +48,13 @@ _SHAPE_ONLY = {
     aten.full_like.default,
 }
 _SAME_VALUE = {aten.alias.default, aten.contiguous.default, aten.clone.default}
-CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device}
+CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.to.device,
+    aten.type_as.default,
+}
 RESHAPES = (
     aten.view.default,
     aten.reshape.default,
@@ -76,10 +83,11 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 def sizes(node: fx.Node) -> tuple[int, ...]:
     """Sizes of a node's tensor; dynamic ones as captured."""
-    return tuple(_size(size) for size in node.meta["val"].shape)
+    return tuple(captured(size) for size in node.meta["val"].shape)
 
 
-def _size(size: Any) -> int:
+def captured(size: Any) -> int:
+    """A size as captured, where it is dynamic."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 

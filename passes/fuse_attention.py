@@ -24,8 +24,10 @@ import torch
 from torch import fx
 
 from fxpress.passes.dataflow import argument, is_noop, mask_factors, sizes
-from fxpress.passes.products import Product, Strided, emit, product
-from fxpress.passes.scores import Scores, is_cast, is_view, scores_of
+from fxpress.passes.layouts import Layout, Placed, four, layout_of, restored, same_batch
+from fxpress.passes.products import Product, Strided, product
+from fxpress.passes.scores import Bias, Keep, Scores, is_view, scores_of, turned
+from fxpress.passes.softmax import Softmax, is_cast, softmax_of
 from fxpress.program import Program
 from fxpress.rewrite import Decline, Rewrite, RewritePass
 
@@ -34,7 +36,6 @@ __all__ = ["FuseAttention"]
 aten = torch.ops.aten
 
 _SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _POINTWISE = {
     aten.mul.Tensor,
     aten.div.Tensor,
@@ -62,7 +63,7 @@ class FuseAttention(RewritePass):
 
     def rules(self) -> Iterable[Rewrite]:
         """The call as it is, then the spelled-out forms."""
-        return (FlagCausal(), FuseSoftmax())
+        return (FlagCausal(), LiftAttention(), FuseSoftmax())
 
 
 class FlagCausal(Rewrite):
@@ -75,12 +76,10 @@ class FlagCausal(Rewrite):
         if node.target is not _SDPA:
             return None
         q, k = (n for n in node.args[:2] if isinstance(n, fx.Node))
-        if q.meta["val"].ndim != 4:
-            return Decline("attention on tensors that are not (B, H, N, D): give heads apart", node)
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             return Decline("attention with dropout at inference", node)
         mask = argument(node, 3, "attn_mask")
-        if mask is None or argument(node, 5, "is_causal", False):
+        if q.meta["val"].ndim != 4 or mask is None or argument(node, 5, "is_causal", False):
             return None
         factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
         return True if factors.is_causal and not factors.rest else None
@@ -96,84 +95,154 @@ class FlagCausal(Rewrite):
 
 @dataclass(frozen=True)
 class _Attention:
-    """What was matched: the scores, the product with v, and the number of heads."""
+    """What was matched.
+
+    Attributes:
+        scores: what the softmax is taken of.
+        values: the product with v.
+        layout: how batch sizes are brought to (B, H).
+        is_causal: by a flag.
+    """
 
     scores: Scores
     values: Product
-    heads: int
+    layout: Layout
+    is_causal: bool = False
+
+    def build(self, program: Program) -> fx.Node:
+        """Attention on four-dimensional operands, brought back to the product's own form."""
+        graph, scores, values, layout = program.graph, self.scores, self.values, self.layout
+        dtype = torch.promote_types(_dtype(scores.q), _dtype(values.right))
+        operands = (scores.q, scores.k, values.right)
+        q, k, v = (four(graph, operand, layout, dtype) for operand in operands)
+        program.refresh()
+        q, k, v = same_batch(graph, q, k, v)
+        q, k = scores.stretched(program, layout, q, k)
+        mask = scores.mask(program, layout, dtype)
+        program.refresh()
+        is_causal = self.is_causal
+        if mask is not None:
+            factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
+            is_causal = factors.is_causal and not factors.rest
+        args = (q, k, v, None if is_causal else mask, 0.0, is_causal)
+        scale = {} if scores.scale is None else {"scale": scores.scale}
+        fused = graph.call_function(_SDPA, args, scale)
+        return restored(graph, fused, values, layout, dtype)
+
+
+class LiftAttention(Rewrite):
+    """sdpa(q, k, v, mask)  ->  flatten(sdpa(unflatten(q), ...))   q (N, D), (B, N, D), ...
+
+    Attention on tensors that are not (B, H, N, D) becomes such that is.
+    """
+
+    name: ClassVar[str] = "lift-attention"
+
+    def match(self, node: fx.Node, program: Program) -> _Attention | Decline | None:
+        """An attention call in another number of dimensions."""
+        del program
+        if node.target is not _SDPA or argument(node, 4, "dropout_p", 0.0) != 0.0:
+            return None
+        q, k, v = (Strided(n) for n in node.args[:3] if isinstance(n, fx.Node))
+        if len(q.shape) == 4:
+            return None
+        if node.kwargs.get("enable_gqa"):
+            return Decline("attention of grouped heads that is not on (B, H, N, D)", node)
+        scores = _given(node, q, k)
+        flag = bool(argument(node, 5, "is_causal", False))
+        return _attention(scores, Product(node, q, v), is_causal=flag)
+
+    def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
+        """The same attention on four dimensions."""
+        return match.build(program)
+
+
+def _given(node: fx.Node, q: Strided, k: Strided) -> Scores:
+    """The scores that an attention call computes."""
+    mask: Any = argument(node, 3, "attn_mask")
+    scale: Any = node.kwargs.get("scale")
+    biases: tuple[Bias, ...] = ()
+    keeps: tuple[Keep, ...] = ()
+    if mask is not None:
+        tensor = Placed(mask, q.shape[:-2])
+        if mask.meta["val"].dtype == torch.bool:
+            keeps = (Keep(tensor, False, -torch.inf),)
+        else:
+            biases = (Bias(tensor, 1.0),)
+    return Scores(node, q, k, scale, biases, keeps)
 
 
 class FuseSoftmax(Rewrite):
     """softmax(scale * q @ k^T + mask) @ v  ->  sdpa(q, k, v, mask, 0.0, is_causal, scale=scale).
 
-    q (B, H, Nq, D) or with B and H merged; masks additive, by `masked_fill` or by `where`.
-    A finite fill becomes an addend, so that a row that keeps nothing still averages all values; its
-    gradient then reaches the scores, where the fill had cut it off.
+    q (B, H, Nq, D) or in any other layout; masks additive, by `masked_fill` or by `where`; a scale
+    that is a tensor multiplies q or k. A finite fill becomes an addend, so that a row that keeps
+    nothing still averages all values; its gradient then reaches the scores, where the fill had cut
+    it off.
     """
 
     name: ClassVar[str] = "fuse-softmax"
 
     def match(self, node: fx.Node, program: Program) -> _Attention | Decline | None:
-        """A product whose left operand comes from a softmax over its last dimension."""
+        """A product whose left operand comes from a softmax over the dimension it sums."""
         values = product(node)
         if values is None or values.addend is not None:
             return None
-        found = _softmax_behind(values.left)
-        if found is None and node.target is aten.einsum.default:
-            values = values.swapped()
-            found = _softmax_behind(values.left)
-        if found is None or isinstance(found, Decline):
-            return found
-        source = found.args[0]
-        assert isinstance(source, fx.Node)
-        scores = scores_of(program, source)
-        if isinstance(scores, Decline):
-            return scores
-        return _attention(scores, values)
+        nearest: Decline | None = None
+        for side in (values, values.swapped()):
+            found = _softmax_behind(side.left)
+            if isinstance(found, tuple):
+                end = _attended(*found, side, program)
+                if isinstance(end, _Attention):
+                    return end
+                nearest = nearest or end
+            elif side is values or node.target is aten.einsum.default:
+                nearest = nearest or found or _near_softmax(side.left.node)
+        return nearest
 
     def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
         """Attention on four-dimensional operands, brought back to the product's own form."""
-        graph, scores, values = program.graph, match.scores, match.values
-        dtype = torch.promote_types(_dtype(scores.q), _dtype(values.right))
-        operands = (scores.q, scores.k, values.right)
-        q, k, v = (_four(graph, operand, match.heads, dtype) for operand in operands)
-        program.refresh()
-        q, k, v = _same_batch(graph, q, k, v)
-        mask = scores.mask(program, match.heads, dtype)
-        program.refresh()
-        is_causal = False
-        if mask is not None:
-            factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
-            is_causal = factors.is_causal and not factors.rest
-        args = (q, k, v, None if is_causal else mask, 0.0, is_causal)
-        fused = graph.call_function(_SDPA, args, {"scale": scores.scale})
-        return _restored(graph, fused, values, dtype)
+        return match.build(program)
+
+
+def _attended(
+    softmax: Softmax, order: tuple[int, ...] | None, values: Product, program: Program
+) -> _Attention | Decline | None:
+    """The attention that ends in a product with v, whose left operand is a softmax."""
+    places = order or tuple(range(softmax.node.meta["val"].ndim))
+    scores = scores_of(program, softmax.scores, order)
+    if softmax.dim == places[-1]:
+        return scores if isinstance(scores, Decline) else _attention(scores, values)
+    if isinstance(scores, Decline):
+        return None
+    if softmax.dim == places[-2]:
+        return Decline("softmax is taken over the queries, not over the keys", softmax.node)
+    return Decline("softmax is taken over batch or heads, not over the keys", softmax.node)
 
 
 # From the product with v back to the softmax -----------------------------------------------------
 
 
-def _softmax_behind(operand: Strided) -> fx.Node | Decline | None:
-    """The softmax whose probabilities an operand is; Decline for near misses."""
-    if operand.order is not None and operand.order[-1] != len(operand.order) - 1:
+def _softmax_behind(
+    operand: Strided,
+) -> tuple[Softmax, tuple[int, ...] | None] | Decline | None:
+    """The softmax whose probabilities an operand is, and the order of its dimensions there."""
+    node, order = operand.node, operand.order
+    if order is not None and -1 in order:
         return None
-    node = operand.node
-    while is_noop(node) or is_cast(node) or is_view(node):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    if _is_softmax(node):
-        if operand.order is not None:
-            return Decline("probabilities are transposed before the product with v", node)
-        return node
-    return _near_softmax(node)
-
-
-def _is_softmax(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in _SOFTMAX:
-        return False
-    dim = node.args[1]
-    return isinstance(dim, int) and dim % node.meta["val"].ndim == node.meta["val"].ndim - 1
+    while True:
+        if isinstance(found := softmax_of(node), Decline):
+            return found
+        if found is not None:
+            return found, order
+        if (earlier := turned(node, order)) is not None:
+            node, order = earlier
+        elif is_noop(node) or is_cast(node) or (is_view(node) and order is None):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node = source
+        else:
+            return None
 
 
 def _near_softmax(start: fx.Node) -> Decline | None:
@@ -181,8 +250,6 @@ def _near_softmax(start: fx.Node) -> Decline | None:
     waiting, seen = [(start, _NEAR, False)], {start}
     while waiting:
         node, left, mixed = waiting.pop(0)
-        if _is_handwritten(node):
-            return Decline("hand-written softmax: use torch.softmax, which is recognized", node)
         if _is_softmax(node):
             return _changed(start, mixed)
         passes = is_noop(node) or is_cast(node) or is_view(node)
@@ -200,60 +267,24 @@ def _changed(start: fx.Node, mixed: bool) -> Decline:
     return Decline("probabilities are changed between softmax and the product with v", start)
 
 
-def _is_handwritten(node: fx.Node) -> bool:
-    """exp(x) / sum(exp(x))."""
-    if node.target is not aten.div.Tensor:
-        return False
-    above, below = (_behind_noops(n) for n in node.args)
-    return above is aten.exp.default and below in (aten.sum.dim_IntList, aten.sum.default)
-
-
-def _behind_noops(node: Any) -> Any:
-    while isinstance(node, fx.Node) and (is_noop(node) or is_cast(node) or _adds_scalar(node)):
-        node = node.args[0]
-    return node.target if isinstance(node, fx.Node) else None
-
-
-def _adds_scalar(node: fx.Node) -> bool:
-    return node.target is aten.add.Tensor and not isinstance(node.args[1], fx.Node)
+def _is_softmax(node: fx.Node) -> bool:
+    """Whether a node is a softmax over its last dimension."""
+    found = softmax_of(node)
+    return isinstance(found, Softmax) and found.dim == node.meta["val"].ndim - 1
 
 
 # The parts put together --------------------------------------------------------------------------
 
 
-def _attention(scores: Scores, values: Product) -> _Attention | Decline:
+def _attention(scores: Scores, values: Product, is_causal: bool = False) -> _Attention | Decline:
     """Check that the operands fit one attention call, and count the heads."""
-    ranks = {len(operand.shape) for operand in (scores.q, scores.k, values.right)}
-    if len(ranks) > 1:
-        return Decline("queries, keys and values differ in their number of dimensions", values.node)
-    rank = ranks.pop()
-    if rank > 4:
-        return Decline("attention over more than four dimensions", values.node)
-    if rank == 4:
-        heads = max(sizes(scores.product.node)[_heads_dim(scores.product)], 1)
-    else:
-        heads = _merged_heads(scores.q) if rank == 3 else 1
-        if rank == 3 and scores.heads is not None:
-            heads = scores.heads
-    batches = [operand.shape[: rank - 2] for operand in (scores.q, scores.k, values.right)]
-    if not _batches_fit(batches):
-        return Decline("batch sizes of queries, keys and values differ", values.node)
-    return _Attention(scores, values, heads)
-
-
-def _heads_dim(scores: Product) -> int:
-    return scores.order.index(1) if scores.order is not None else 1
-
-
-def _batches_fit(batches: list[tuple[Any, ...]]) -> bool:
-    """Equal, but for sizes of one that broadcast against a fixed size."""
-    for column in zip(*batches, strict=True):
-        distinct = {str(size) for size in column}
-        if len(distinct) > 1 and (
-            not all(isinstance(s, int) for s in column) or len(distinct - {"1"}) > 1
-        ):
-            return False
-    return True
+    heads = scores.heads or _merged_heads(scores.q)
+    layout = layout_of(scores.q, scores.k, values.right, heads, values.node)
+    if isinstance(layout, Decline):
+        return layout
+    if not all(layout.takes(tensor) for tensor in scores.tensors):
+        return Decline("a mask is applied in dimensions that are not batch and heads", values.node)
+    return _Attention(scores, values, layout, is_causal)
 
 
 def _merged_heads(q: Strided) -> int:
@@ -278,49 +309,3 @@ def _merged_heads(q: Strided) -> int:
 def _dtype(operand: Strided) -> torch.dtype:
     dtype: torch.dtype = operand.node.meta["val"].dtype
     return dtype
-
-
-def _four(graph: fx.Graph, operand: Strided, heads: int, dtype: torch.dtype) -> fx.Node:
-    """An operand as (B, H, N, D)."""
-    rank, node = len(operand.shape), emit(graph, operand)
-    if _dtype(operand) != dtype:
-        node = graph.call_function(aten.to.dtype, (node, dtype))
-    if rank == 2:
-        node = graph.call_function(aten.unsqueeze.default, (node, 0))
-    if rank < 4:
-        node = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
-    return node
-
-
-def _same_batch(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
-    """Operands expanded to the same batch and heads."""
-    shapes = [node.meta["val"].shape for node in nodes]
-    wanted = [
-        max((s[d] for s in shapes), key=lambda s: s if isinstance(s, int) else 0) for d in (0, 1)
-    ]
-    result = []
-    for given, shape in zip(nodes, shapes, strict=True):
-        node = given
-        size = [
-            want if isinstance(want, int) and isinstance(have, int) and want != have else -1
-            for want, have in zip(wanted, shape[:2], strict=True)
-        ]
-        if size != [-1, -1]:
-            node = graph.call_function(aten.expand.default, (node, [*size, -1, -1]))
-        result.append(node)
-    return result
-
-
-def _restored(graph: fx.Graph, fused: fx.Node, values: Product, dtype: torch.dtype) -> fx.Node:
-    """The result in rank, order and dtype of the product that it replaces."""
-    rank = values.node.meta["val"].ndim
-    if rank < 4:
-        fused = graph.call_function(aten.flatten.using_ints, (fused, 0, 1))
-    if rank == 2:
-        fused = graph.call_function(aten.squeeze.dim, (fused, 0))
-    if values.order is not None:
-        fused = graph.call_function(aten.permute.default, (fused, list(values.order)))
-    wanted: torch.dtype = values.node.meta["val"].dtype
-    if dtype != wanted:
-        fused = graph.call_function(aten.to.dtype, (fused, wanted))
-    return fused

@@ -5,42 +5,54 @@ matmul, bmm, baddbmm, einsum  ->  left (..., N, K) x right (..., K, M) -> (..., 
 
 from __future__ import annotations
 
+import string
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxpress.passes.dataflow import argument
+from fxpress.passes.dataflow import argument, sizes
 
-__all__ = ["Product", "Strided", "emit", "product"]
+__all__ = ["Product", "Strided", "emit", "product", "unless_sorted"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Strided:
-    """A node with its dimensions in another order; `order` None: as they are."""
+    """A node with its dimensions in another order; `order` None: as they are.
+
+    A dimension of -1 in the order is one of size one that the node does not have.
+    """
 
     node: fx.Node
     order: tuple[int, ...] | None = None
 
     def transposed(self) -> Strided:
         """The last two dimensions exchanged."""
-        rank = self.node.meta["val"].ndim
-        order = list(self.order or range(rank))
-        order[-1], order[-2] = order[-2], order[-1]
-        if order == list(range(rank)):
-            return Strided(self.node)
         if self.order is None and (source := _transpose_source(self.node)) is not None:
             return Strided(source)
-        return Strided(self.node, tuple(order))
+        rank = len(self.shape)
+        return self.reordered((*range(rank - 2), rank - 1, rank - 2))
+
+    def reordered(self, dims: Sequence[int]) -> Strided:
+        """Dimension `dims[i]` of this one at place i."""
+        have = self.order or tuple(range(self.node.meta["val"].ndim))
+        return Strided(self.node, unless_sorted(have[d] for d in dims))
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Sizes in that order."""
         shape = tuple(self.node.meta["val"].shape)
-        return shape if self.order is None else tuple(shape[d] for d in self.order)
+        return shape if self.order is None else tuple(shape[d] if d >= 0 else 1 for d in self.order)
+
+
+def unless_sorted(order: Iterable[int]) -> tuple[int, ...] | None:
+    """An order of dimensions, or None where it leaves all as they are."""
+    found = tuple(order)
+    return None if found == tuple(range(len(found))) else found
 
 
 def _transpose_source(node: fx.Node) -> fx.Node | None:
@@ -58,10 +70,17 @@ def _transpose_source(node: fx.Node) -> fx.Node | None:
 
 
 def emit(graph: fx.Graph, operand: Strided) -> fx.Node:
-    """The node of an operand, with a permutation where it needs one."""
-    if operand.order is None:
-        return operand.node
-    return graph.call_function(aten.permute.default, (operand.node, list(operand.order)))
+    """The node of an operand, with the permutation and the dimensions of one that it needs."""
+    node, order = operand.node, operand.order
+    if order is None:
+        return node
+    held = [dim for dim in order if dim >= 0]
+    if held != sorted(held):
+        node = graph.call_function(aten.permute.default, (node, held))
+    for place, dim in enumerate(order):
+        if dim < 0:
+            node = graph.call_function(aten.unsqueeze.default, (node, place))
+    return node
 
 
 @dataclass(frozen=True)
@@ -86,28 +105,41 @@ class Product:
     addend: fx.Node | None = None
     beta: float = 1.0
 
+    @property
+    def rank(self) -> int:
+        """Number of dimensions of the result."""
+        return int(self.node.meta["val"].ndim)
+
     def swapped(self) -> Product:
         """The same product of the transposed operands: (..., M, N)."""
-        rank = self.node.meta["val"].ndim
-        order = list(self.order or range(rank))
-        position = [*range(rank - 2), rank - 1, rank - 2]
-        order = [position[d] for d in order]
+        position = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
+        order = unless_sorted(position[d] for d in self.order or range(self.rank))
         left, right = self.right.transposed(), self.left.transposed()
-        kept = None if order == list(range(rank)) else tuple(order)
-        return replace(self, left=left, right=right, order=kept)
+        return replace(self, left=left, right=right, order=order)
 
 
 def product(node: fx.Node) -> Product | None:
     """The product that a node computes, or None."""
     if node.op != "call_function":
         return None
-    if node.target in (aten.matmul.default, aten.bmm.default):
-        left, right = (Strided(n) for n in node.args[:2] if isinstance(n, fx.Node))
-        ranks = {o.node.meta["val"].ndim for o in (left, right)}
-        return Product(node, left, right) if min(ranks) >= 2 else None
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        return _matmul(node)
     if node.target is aten.baddbmm.default:
         return _baddbmm(node)
     return _einsum(node) if node.target is aten.einsum.default else None
+
+
+def _matmul(node: fx.Node) -> Product | None:
+    operands = [n for n in node.args[:2] if isinstance(n, fx.Node)]
+    ranks = [n.meta["val"].ndim for n in operands]
+    if min(ranks) < 2:
+        return None
+    # The operand of fewer dimensions is broadcast.
+    left, right = (
+        Strided(n, unless_sorted([-1] * (max(ranks) - rank) + list(range(rank))))
+        for n, rank in zip(operands, ranks, strict=True)
+    )
+    return Product(node, left, right)
 
 
 def _baddbmm(node: fx.Node) -> Product:
@@ -118,34 +150,57 @@ def _baddbmm(node: fx.Node) -> Product:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    """An einsum of two operands with batch labels, one free label each and one summed one."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, (list, tuple)) or len(operands) != 2 or "." in equation:
-        return None
-    inputs, _, output = equation.partition("->")
-    first, _, second = inputs.partition(",")
-    batch = [x for x in output if x in first and x in second]
-    rows, columns = (
-        [x for x in output if x in a and x not in b] for a, b in ((first, second), (second, first))
-    )
-    summed = [x for x in first if x in second and x not in output]
-    labels = {*batch, *rows, *columns, *summed}
-    plain = len(set(first)) == len(first) and len(set(second)) == len(second)
-    counts = (len(rows), len(columns), len(summed))
-    if not plain or counts != (1, 1, 1) or labels != set(first) | set(second):
+    """An einsum of two operands that share one summed label.
+
+    Labels that one operand alone has are rows or columns; of several, the one that counts most is
+    it, and the others are batch (heads that share their keys).
+    """
+    operands = node.args[1]
+    if not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     left, right = operands
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    canonical = [*batch, *rows, *columns]
+    first, second, output = _labels(str(node.args[0]), left, right)
+    repeated = any(len(set(part)) != len(part) for part in (first, second, output))
+    summed = {x for x in first if x in second and x not in output}
+    if repeated or len(summed) != 1 or {*first, *second} != {*output, *summed}:
+        return None
+    size = dict(zip(output, sizes(node), strict=True))
+    row, column = (
+        max((x for x in output if x in a and x not in b), key=lambda x: size[x], default="")
+        for a, b in ((first, second), (second, first))
+    )
+    if not row or not column:
+        return None
+    batch = [x for x in output if x not in (row, column)]
     return Product(
         node,
-        Strided(left, _order(first, [*batch, *rows, *summed])),
-        Strided(right, _order(second, [*batch, *summed, *columns])),
-        _order("".join(canonical), list(output)),
+        Strided(left, _order(first, [*batch, row, *summed])),
+        Strided(right, _order(second, [*batch, *summed, column])),
+        _order("".join([*batch, row, column]), list(output)),
     )
 
 
+def _labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str]:
+    """Labels of both operands and of the result, one letter a dimension."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if not arrow:
+        once = sorted(x for x in {*inputs} - {*".,"} if inputs.count(x) == 1)
+        output = "..." * ("..." in inputs) + "".join(once)
+    spare = [x for x in string.ascii_uppercase if x not in equation]
+    spans = [
+        n.meta["val"].ndim - len(part.replace("...", ""))
+        for n, part in zip((left, right), parts, strict=True)
+    ]
+    whole = spare[: max(spans)]
+    first, second = (
+        part.replace("...", "".join(whole[len(whole) - span :]))
+        for part, span in zip(parts, spans, strict=True)
+    )
+    return first, second, output.replace("...", "".join(whole))
+
+
 def _order(have: str, want: list[str]) -> tuple[int, ...] | None:
-    order = tuple(have.index(label) for label in want)
-    return None if order == tuple(range(len(have))) else order
+    return unless_sorted(have.find(label) for label in want)

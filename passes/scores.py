@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import CASTS, RESHAPES, Constants, is_closed, is_noop, peel, sizes
-from fxpress.passes.products import Product, Strided, product
+from fxpress.passes.dataflow import (
+    RESHAPES,
+    Constants,
+    argument,
+    captured,
+    is_closed,
+    is_noop,
+    peel,
+)
+from fxpress.passes.layouts import Layout, Placed, placed
+from fxpress.passes.products import Product, Strided, product, unless_sorted
+from fxpress.passes.softmax import is_cast
 from fxpress.program import Program
 from fxpress.rewrite import Decline
 
-__all__ = ["Bias", "Keep", "Scores", "is_cast", "is_view", "scores_of"]
+__all__ = ["Bias", "Keep", "Scores", "Stretch", "is_view", "scores_of", "turned"]
 
 aten = torch.ops.aten
 
@@ -32,15 +42,10 @@ _VIEWS = {
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 _MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 _MIXING = {aten.linear.default, aten.permute.default, aten.transpose.int, aten.conv2d.default}
+_PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default}
+_FLOORS = {aten.maximum.default, aten.max.other, aten.clamp_min.default, aten.clamp.default}
+_MODEST = -1e4  # scores come nowhere near it: float16 could hardly hold them
 _NEAR = 8  # operations behind one that mixes heads within which the scores are looked for
-
-
-def is_cast(node: fx.Node) -> bool:
-    """Whether a node changes the dtype between two floating-point ones."""
-    source = node.args[0] if node.args else None
-    if node.op != "call_function" or node.target not in CASTS or not isinstance(source, fx.Node):
-        return False
-    return bool(node.meta["val"].is_floating_point() and source.meta["val"].is_floating_point())
 
 
 def is_view(node: fx.Node) -> bool:
@@ -52,23 +57,56 @@ def is_view(node: fx.Node) -> bool:
     return len(before) > 1 and [str(s) for s in before[-2:]] == [str(s) for s in after[-2:]]
 
 
+def turned(node: fx.Node, order: tuple[int, ...] | None) -> tuple[fx.Node, Any] | None:
+    """What a permutation is of, and the same order of dimensions there; None: no permutation."""
+    source = node.args[0] if node.args else None
+    if node.op != "call_function" or not isinstance(source, fx.Node):
+        return None
+    dims = _permuted(node, source.meta["val"].ndim) if node.target in _PERMUTATIONS else None
+    if dims is None:
+        return None
+    return source, unless_sorted(dims[place] for place in order or range(len(dims)))
+
+
+def _permuted(node: fx.Node, rank: int) -> list[int]:
+    """The dimension of the source at each place of its permutation."""
+    dims = list(range(rank))
+    if node.target is aten.permute.default:
+        return [dim % rank for dim in node.args[1]]  # type: ignore[operator, union-attr]
+    first, second = node.args[1:3] if node.target is aten.transpose.int else (-1, -2)
+    assert isinstance(first, int)
+    assert isinstance(second, int)
+    dims[first], dims[second] = dims[second], dims[first]
+    return dims
+
+
 @dataclass(frozen=True)
 class Bias:
-    """factor * node, added to scores of `rank` dimensions."""
+    """factor * tensor, added to scores."""
 
-    node: fx.Node
-    rank: int
+    tensor: Placed
     factor: float
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Scores of `rank` dimensions are `fill` where `node` is False (True, where negated)."""
+    """Scores are `fill` where a tensor is False (True, where negated)."""
 
-    node: fx.Node
-    rank: int
+    tensor: Placed
     negated: bool
     fill: float
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Scores are multiplied (divided, where inverse) by a tensor of size one along the keys.
+
+    Where `by_key`, it is of size one along the queries instead.
+    """
+
+    tensor: Placed
+    inverse: bool
+    by_key: bool
 
 
 @dataclass(frozen=True)
@@ -76,34 +114,59 @@ class Scores:
     """What goes into a softmax: scale * q @ k^T, masked.
 
     Attributes:
-        product: the product of queries and keys.
+        at: the product of queries and keys.
         q: (..., Nq, D).
         k: (..., Nk, D).
         scale: factor of the product.
         biases: what is added.
         keeps: what is kept.
+        stretches: what queries and keys are multiplied by.
         heads: H, where a view on the way shows it.
     """
 
-    product: Product
+    at: fx.Node
     q: Strided
     k: Strided
-    scale: float
+    scale: float | None
     biases: tuple[Bias, ...] = ()
     keeps: tuple[Keep, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
     heads: int | None = None
 
-    def mask(self, program: Program, heads: int, dtype: torch.dtype) -> fx.Node | None:
+    @property
+    def tensors(self) -> list[Placed]:
+        """All that was met between product and softmax."""
+        return [met.tensor for met in (*self.biases, *self.keeps, *self.stretches)]
+
+    def mask(self, program: Program, layout: Layout, dtype: torch.dtype) -> fx.Node | None:
         """Build one mask, boolean or of `dtype`, that broadcasts to (B, H, Nq, Nk)."""
         graph = program.graph
-        bias = _sum_of([_bias(graph, bias, heads, dtype) for bias in self.biases], graph)
-        kept = [_keep(graph, keep, heads) for keep in self.keeps]
+        bias = _sum_of([_bias(graph, bias, layout, dtype) for bias in self.biases], graph)
+        kept = [_keep(graph, keep, layout) for keep in self.keeps]
         program.refresh()
         if bias is None and self._is_boolean(program, kept):
             return _all_of(graph, kept)
         for node, keep in zip(kept, self.keeps, strict=True):
             bias = _where(graph, node, bias, _fill(keep.fill, dtype), dtype)
         return bias
+
+    def stretched(
+        self, program: Program, layout: Layout, q: fx.Node, k: fx.Node
+    ) -> tuple[fx.Node, fx.Node]:
+        """Queries and keys (B, H, N, D) times what scales their scores."""
+        graph, dtype = program.graph, q.meta["val"].dtype
+        for stretch in self.stretches:
+            node = placed(graph, stretch.tensor, layout)
+            if stretch.tensor.node.meta["val"].dtype != dtype:
+                node = graph.call_function(aten.to.dtype, (node, dtype))
+            operator = aten.div.Tensor if stretch.inverse else aten.mul.Tensor
+            if stretch.by_key:
+                node = graph.call_function(aten.transpose.int, (node, -1, -2))
+                k = graph.call_function(operator, (k, node))
+            else:
+                q = graph.call_function(operator, (q, node))
+        program.refresh()
+        return q, k
 
     def _is_boolean(self, program: Program, kept: Sequence[fx.Node]) -> bool:
         """Whether a boolean mask is the same: a row that keeps nothing is uniform when filled."""
@@ -120,30 +183,26 @@ class Scores:
 
 
 def _fill(fill: float, dtype: torch.dtype) -> float:
-    return fill if math.isinf(fill) else max(fill, torch.finfo(dtype).min)
+    """A fill in the mask's dtype, so low that a row which keeps nothing averages all values."""
+    if math.isinf(fill):
+        return fill
+    lowest = torch.finfo(dtype).min
+    return max(fill, lowest) if is_closed(fill, dtype) else lowest
 
 
-def _four(graph: fx.Graph, node: fx.Node, rank: int, heads: int) -> fx.Node:
-    """A mask of merged scores as one of (B, H, Nq, Nk); what broadcasts anyway stays."""
-    ndim = node.meta["val"].ndim
-    if ndim == 3 and rank == 3 and sizes(node)[0] != 1:
-        return graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
-    for _ in range({0: 2, 1: 1, 3: 1}.get(ndim, 0)):
-        node = graph.call_function(aten.unsqueeze.default, (node, 0))
-    return node
-
-
-def _bias(graph: fx.Graph, bias: Bias, heads: int, dtype: torch.dtype) -> fx.Node:
-    node = _four(graph, bias.node, bias.rank, heads)
-    if bias.node.meta["val"].dtype != dtype:
+def _bias(graph: fx.Graph, bias: Bias, layout: Layout, dtype: torch.dtype) -> fx.Node:
+    node = placed(graph, bias.tensor, layout)
+    if bias.tensor.node.meta["val"].dtype != dtype:
         node = graph.call_function(aten.to.dtype, (node, dtype))
     if bias.factor != 1.0:
         node = graph.call_function(aten.mul.Tensor, (node, bias.factor))
     return node
 
 
-def _keep(graph: fx.Graph, keep: Keep, heads: int) -> fx.Node:
-    node = _four(graph, keep.node, keep.rank, heads)
+def _keep(graph: fx.Graph, keep: Keep, layout: Layout) -> fx.Node:
+    node = placed(graph, keep.tensor, layout)
+    if keep.tensor.node.meta["val"].dtype != torch.bool:
+        node = graph.call_function(aten.ne.Scalar, (node, 0))
     return graph.call_function(aten.logical_not.default, (node,)) if keep.negated else node
 
 
@@ -177,26 +236,45 @@ def _where(
 
 @dataclass(frozen=True)
 class _Way:
-    """What was met on the way from the softmax."""
+    """What was met on the way from the softmax.
 
+    Attributes:
+        order: the dimension of the node reached at each place of (..., Nq, Nk).
+        factor: numbers that the scores are multiplied by.
+        biases, keeps, stretches, heads: as in `Scores`.
+    """
+
+    order: tuple[int, ...] | None
     factor: float = 1.0
     biases: tuple[Bias, ...] = ()
     keeps: tuple[Keep, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
     heads: int | None = None
 
     def scaled(self, factor: float) -> _Way:
         return replace(self, factor=self.factor * factor)
 
-    def added(self, node: fx.Node, rank: int, factor: float = 1.0) -> _Way:
-        bias = Bias(node, rank, self.factor * factor)
+    def placed(self, tensor: fx.Node, at: fx.Node) -> Placed:
+        """A tensor that is applied to the scores `at`."""
+        shape = tuple(at.meta["val"].shape)
+        order = self.order or tuple(range(len(shape)))
+        return Placed(tensor, tuple(shape[dim] for dim in order[:-2]), self.order)
+
+    def added(self, node: fx.Node, at: fx.Node, factor: float = 1.0) -> _Way:
+        bias = Bias(self.placed(node, at), self.factor * factor)
         return replace(self, biases=(*self.biases, bias))
 
     def kept(self, keep: Keep) -> _Way:
         return replace(self, keeps=(*self.keeps, keep))
 
+    def stretched(self, stretch: Stretch) -> _Way:
+        return replace(self, stretches=(*self.stretches, stretch))
+
     def seen(self, node: fx.Node) -> _Way:
-        shape = sizes(node)
-        return replace(self, heads=shape[1]) if len(shape) == 4 and self.heads is None else self
+        shape = node.meta["val"].shape
+        if len(shape) != 4 or self.heads is not None:
+            return self
+        return replace(self, heads=captured(shape[self.order[1] if self.order else 1]))
 
 
 @dataclass
@@ -213,13 +291,16 @@ class _Walk:
         """Follow the scores back to their product."""
         while True:
             way = way.seen(node)
-            if is_noop(node) or is_cast(node) or is_view(node):
+            if is_noop(node) or is_cast(node) or (is_view(node) and way.order is None):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 node = source
                 continue
             if (found := product(node)) is not None:
                 return self._end(found, way)
+            if (earlier := turned(node, way.order)) is not None:
+                node, way = earlier[0], replace(way, order=earlier[1])
+                continue
             step = self._step(node, way)
             if not isinstance(step, tuple):
                 return step
@@ -234,28 +315,49 @@ class _Walk:
                 return self._add(node, way)
             if node.target in _MASKED_FILL or node.target in _WHERE:
                 return self._fill(node, way)
+            if node.target in _FLOORS:
+                return self._floor(node, way)
+            if node.target is aten.neg.default and isinstance(node.args[0], fx.Node):
+                return node.args[0], way.scaled(-1.0)
         return _refusal(node)
 
-    def _scale(self, node: fx.Node, way: _Way) -> tuple[fx.Node, _Way] | Decline:
+    def _scale(self, node: fx.Node, way: _Way) -> tuple[fx.Node, _Way] | Scores | Decline:
+        """A number, or a tensor that queries or keys can be multiplied by instead."""
         left, right = node.args
         divides = node.target is aten.div.Tensor
-        for chain, other in ((left, right), (right, left))[: 1 if divides else 2]:
+        nearest = Decline("scores are scaled by a tensor that differs by query and key", node)
+        sides = ((left, right), (right, left))[: 1 if divides else 2]
+        for chain, other in sides:
             number = self.constants.scalar(other)
             if number and isinstance(chain, fx.Node) and _is_whole(chain, node):
                 return chain, way.scaled(1 / number if divides else number)
-        return Decline("scores are scaled by something that is not a constant number", node)
-
-    def _add(self, node: fx.Node, way: _Way) -> Scores | Decline:
-        """Either addend may be the scores; the other one is a mask."""
-        nearest: Decline | None = None
-        left, right = node.args
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        for chain, other in ((left, right), (right, left))[: 1 if sign < 0 else 2]:
+        for chain, other in sides:
             if not isinstance(chain, fx.Node) or not _is_whole(chain, node):
                 continue
             if not isinstance(other, fx.Node):
-                return self.back(chain, way)  # a number shifts all scores alike
-            found = self.back(chain, way.added(other, node.meta["val"].ndim, sign))
+                continue
+            shape = [captured(size) for size in way.placed(other, node).shape]
+            if 1 in shape[-2:]:
+                stretch = Stretch(way.placed(other, node), divides, shape[-1] != 1)
+                found = self.back(chain, way.stretched(stretch))
+                if isinstance(found, Scores):
+                    return found
+                nearest = found
+        return nearest
+
+    def _add(self, node: fx.Node, way: _Way) -> Scores | Decline:
+        """Either addend may be the scores; the other one is a mask."""
+        if way.stretches:
+            return Decline("scores are scaled by a tensor together with a bias", node)
+        nearest: Decline | None = None
+        left, right = node.args
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        for chain, other, turn in ((left, right, way), (right, left, way.scaled(sign))):
+            if not isinstance(chain, fx.Node) or not _is_whole(chain, node):
+                continue
+            if not isinstance(other, fx.Node):
+                return self.back(chain, turn)  # a number shifts all scores alike
+            found = self.back(chain, turn.added(other, node, sign))
             if isinstance(found, Scores):
                 return found
             nearest = nearest or found
@@ -272,12 +374,27 @@ class _Walk:
                 chain, filled = filled, chain
         number = self._filling(filled)
         dtype = node.meta["val"].dtype
-        if number is None or not is_closed(number, dtype) or way.factor <= 0:
+        # A bias that is added to what was filled could be as low as a modest fill.
+        low = number is not None and (
+            is_closed(number, dtype) or (number <= _MODEST and not way.biases)
+        )
+        if not low or way.factor <= 0 or way.stretches:
             return Decline("masked scores are filled with more than minus infinity", node)
         if not isinstance(chain, fx.Node) or not _is_whole(chain, node):
             return _refusal(node)
         assert isinstance(condition, fx.Node)
-        return chain, way.kept(Keep(condition, node.meta["val"].ndim, negated, number))
+        assert number is not None
+        return chain, way.kept(Keep(way.placed(condition, node), negated, number))
+
+    def _floor(self, node: fx.Node, way: _Way) -> tuple[fx.Node, _Way] | Decline:
+        """A lower bound that no score falls below, unless it was dropped."""
+        chain, bound = node.args[:2]
+        number = self._filling(bound)
+        capped = node.target is aten.clamp.default and argument(node, 2, "max") is not None
+        if capped or number is None or not is_closed(number, node.meta["val"].dtype):
+            return _refusal(node)
+        assert isinstance(chain, fx.Node)
+        return (chain, way) if _is_whole(chain, node) else _refusal(node)
 
     def _filling(self, value: Any) -> float | None:
         """A number, or a constant tensor that holds one number only."""
@@ -290,19 +407,43 @@ class _Walk:
 
     def _end(self, found: Product, way: _Way) -> Scores | Decline:
         """The product of queries and keys."""
-        if refused := _no_scores(found):
-            return refused
-        rank = found.node.meta["val"].ndim
+        if self._mixes(found):
+            return _mixed(found.node)
         if found.addend is not None:
-            way = way.added(found.addend, rank, found.beta)
+            if way.stretches:
+                return Decline("scores are scaled by a tensor together with a bias", found.node)
+            way = way.added(found.addend, found.node, found.beta)
+        rank = found.rank
+        have, order = found.order or range(rank), way.order or range(rank)
+        *batch, row, column = (have[place] for place in order)
+        if (row, column) == (rank - 1, rank - 2):
+            found = found.swapped()
+        elif (row, column) != (rank - 2, rank - 1):
+            return Decline("rows of the scores are not those of the product with v", found.node)
+        if _is_weight(found.right.node):
+            return Decline("keys are a weight of the model", found.node)
         way = way.scaled(found.alpha)
-        ranks = [bias.rank for bias in way.biases] + [keep.rank for keep in way.keeps]
-        if max(ranks, default=0) > 4:
-            return Decline("a mask is applied in more than four dimensions", found.node)
+        straight = [*batch, rank - 2, rank - 1]
         q, by_q = self._unscaled(found.left)
         k, by_k = self._unscaled(found.right.transposed())
-        scale = way.factor * by_q * by_k
-        return Scores(found, q, k, scale, way.biases, way.keeps, way.heads)
+        return Scores(
+            found.node,
+            q.reordered(straight),
+            k.reordered(straight),
+            way.factor * by_q * by_k,
+            way.biases,
+            way.keeps,
+            way.stretches,
+            way.heads,
+        )
+
+    def _mixes(self, found: Product) -> bool:
+        """Whether a product of scores is with what no call decides."""
+        operands = found.left.node, found.right.node
+        return any(
+            (_is_weight(one) or self.constants.value(one) is not None) and _reaches_product(other)
+            for one, other in (operands, operands[::-1])
+        )
 
     def _unscaled(self, operand: Strided) -> tuple[Strided, float]:
         """An operand without the constant factor that it was multiplied by last."""
@@ -315,14 +456,17 @@ class _Walk:
         return operand, 1.0
 
 
-def scores_of(program: Program, node: fx.Node) -> Scores | Decline:
+def scores_of(
+    program: Program, node: fx.Node, order: tuple[int, ...] | None = None
+) -> Scores | Decline:
     """The scores that a softmax is taken of.
 
     Args:
         program: the program of the node.
         node: input of the softmax.
+        order: the dimension of the node at each place of (..., Nq, Nk); None: as they are.
     """
-    return _Walk(program).back(node, _Way())
+    return _Walk(program).back(node, _Way(order))
 
 
 def _is_whole(source: fx.Node, node: fx.Node) -> bool:
@@ -330,20 +474,6 @@ def _is_whole(source: fx.Node, node: fx.Node) -> bool:
     before, after = source.meta["val"], node.meta["val"]
     same = [str(s) for s in before.shape] == [str(s) for s in after.shape]
     return same and before.dtype == after.dtype
-
-
-def _no_scores(found: Product) -> Decline | None:
-    """Why a product is none of queries and keys."""
-    if found.order is not None:
-        return Decline("scores are transposed between their product and softmax", found.node)
-    left, right = (_is_weight(operand.node) for operand in (found.left, found.right))
-    if left or right:
-        other = found.right.node if left else found.left.node
-        if _reaches_product(other):
-            return _mixed(found.node)
-    if right:
-        return Decline("scores are a product with a weight, not of queries and keys", found.node)
-    return None
 
 
 def _is_weight(node: fx.Node) -> bool:

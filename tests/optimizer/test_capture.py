@@ -137,7 +137,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         fxpress.capture(stack(), (batches(1)[0],), {"nonsense": 1})
 
 
-# What a call may take and give ---------------------------------------------------------------------
+# What a call may take and give -------------------------------------------------------------------
 
 
 @dataclass

@@ -179,6 +179,160 @@ def learned_queries(m: Heads, x: Tensor) -> Tensor:
     return result
 
 
+def transposed_probabilities(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhij,hbjd->hbid", (q @ k.mT).softmax(-1), v.transpose(0, 1))
+
+
+def by_hand(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def temperature(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT * m.temperature).softmax(-1) @ v
+
+
+def window_mask(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    b, h, n, _ = q.shape
+    scores = (q @ k.mT).view(1, b, h, n, n) + x[None, :, None, :, :1]
+    return scores.view(b, h, n, n).softmax(-1) @ v
+
+
+def five_dimensions(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t[None] for t in m.heads(x))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def scores_transposed(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhid,bhjd->bhji", q, k).softmax(-1) @ v
+
+
+def unequal_ranks(m: Heads, x: Tensor) -> Tensor:
+    q, k, _ = m.heads(x)
+    result: Tensor = (q @ k.mT).softmax(-1) @ m.v(x)[0]
+    return result
+
+
+def three_dimensions(m: Heads, x: Tensor) -> Tensor:
+    q: Tensor = m.q(x)
+    return F.scaled_dot_product_attention(q, m.k(x), m.v(x))
+
+
+def after_maximum(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = (q @ k.mT).masked_fill(upper(x.shape[1]), -1e4)
+    e = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+    return (e / (e.sum(-1, keepdim=True) + 1e-9)) @ v
+
+
+def by_log(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT).log_softmax(-1).exp() @ v
+
+
+def by_logsumexp(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = q @ k.mT
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def by_reciprocal(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = q @ k.mT
+    e = (scores - scores.max(-1, keepdim=True).values).exp()
+    return (e * e.sum(-1, keepdim=True).reciprocal()) @ v
+
+
+def cosine(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    scales = m.q.bias[:2].exp().view(2, 1, 1)
+    return (q @ k.mT * scales + x[:, None, None, :, 0]).softmax(-1) @ v
+
+
+def scaled_by_key(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT / (1 + x[:, None, None, :, 0].square())).softmax(-1) @ v
+
+
+def scores_of_keys(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    scores = (k @ q.mT).transpose(-2, -1).masked_fill(upper(x.shape[1]), LOW)
+    return v.mT @ scores.softmax(-1).mT
+
+
+def middle_axis(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (p(x).view(*x.shape[:2], 2, 4) for p in (m.q, m.k, m.v))
+    scores = torch.einsum("bihd,bjhd->bijh", q, k) + x[:, None, :, :1]
+    return torch.einsum("bijh,bjhd->bihd", scores.softmax(2), v)
+
+
+def dots(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = torch.einsum("...id,...jd", q, k).softmax(-1)
+    return torch.einsum("...ij,...jd->...id", p, v)
+
+
+def keys_for_all_heads(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1)
+    return torch.einsum("bhij,bjd->bihd", p, v[:, 0])
+
+
+def grouped_heads(m: Heads, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = m.heads(x)
+    q, k, v = q.reshape(b, 1, 2, n, 4), k[:, :1, None], v[:, :1, None]
+    bias = x[:, None, None, :, :1] * m.temperature
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+def windows(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(2, (-1, 2)).transpose(1, 2) for t in m.heads(x[:, :4]))
+    mask = torch.arange(4.0).view(2, 1, 1, 2)
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+def split_between(m: Heads, x: Tensor) -> Tensor:
+    b, n, _ = x.shape
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).softmax(-1).view(b * 2, n, n)
+    return torch.bmm(p, v.reshape(b * 2, n, 4))
+
+
+def bounded(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    mask = torch.where(upper(x.shape[1]), LOW, 0.0)
+    return torch.max(q @ k.mT + mask, torch.tensor(LOW)).softmax(-1) @ v
+
+
+def negated(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    distance = -(q @ k.mT)
+    return (x[:, None, None, :, 0] - distance).softmax(-1).type_as(x) @ v
+
+
+def three_dimensions_masked(m: Heads, x: Tensor) -> Tensor:
+    mask = (x[:, :1] @ x.mT) * torch.ones(x.shape[1], 1)
+    return F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), mask)
+
+
+def five_dimensions_given(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t[None].expand(2, -1, -1, -1, -1) for t in m.heads(x))
+    mask = (x[:, :, 0] > -9)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def two_dimensions_given(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.q(x[0]), m.k(x[0]), m.v(x[0])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 # name: (forward, whether it is causal, dtype of the mask)
 SPELLINGS: dict[str, tuple[Forward, bool, torch.dtype | None]] = {
     "divided": (divided, False, None),
@@ -203,6 +357,28 @@ SPELLINGS: dict[str, tuple[Forward, bool, torch.dtype | None]] = {
     "casts": (casts, False, None),
     "mixed_dtypes": (mixed_dtypes, False, None),
     "learned_queries": (learned_queries, False, None),
+    "transposed_probabilities": (transposed_probabilities, False, None),
+    "by_hand": (by_hand, False, None),
+    "temperature": (temperature, False, None),
+    "window_mask": (window_mask, False, torch.float32),
+    "five_dimensions": (five_dimensions, False, None),
+    "scores_transposed": (scores_transposed, False, None),
+    "unequal_ranks": (unequal_ranks, False, None),
+    "by_log": (by_log, False, None),
+    "by_logsumexp": (by_logsumexp, False, None),
+    "by_reciprocal": (by_reciprocal, False, None),
+    "scores_of_keys": (scores_of_keys, True, None),
+    "after_maximum": (after_maximum, True, None),
+    "cosine": (cosine, False, torch.float32),
+    "scaled_by_key": (scaled_by_key, False, None),
+    "middle_axis": (middle_axis, False, torch.float32),
+    "dots": (dots, False, None),
+    "keys_for_all_heads": (keys_for_all_heads, False, None),
+    "grouped_heads": (grouped_heads, False, torch.float32),
+    "windows": (windows, False, torch.float32),
+    "split_between": (split_between, False, None),
+    "bounded": (bounded, True, None),
+    "negated": (negated, False, torch.float32),
 }
 
 
@@ -375,17 +551,6 @@ def gated(m: Heads, x: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) * x[:, None, :, :1]) @ v
 
 
-def transposed_probabilities(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    return torch.einsum("bhij,hbjd->hbid", (q @ k.mT).softmax(-1), v.transpose(0, 1))
-
-
-def by_hand(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    e = (q @ k.mT).exp()
-    return (e / e.sum(-1, keepdim=True)) @ v
-
-
 def mixture_of_rows(m: Heads, x: Tensor) -> Tensor:
     return F.softmax(m.q(x), -1) @ m.k.weight
 
@@ -394,42 +559,9 @@ def weight_for_keys(m: Heads, x: Tensor) -> Tensor:
     return torch.softmax(torch.matmul(m.v(x), m.k.weight), -1) @ m.q.weight
 
 
-def temperature(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    return (q @ k.mT * m.temperature).softmax(-1) @ v
-
-
 def finite_fill(m: Heads, x: Tensor) -> Tensor:
     q, k, v = m.heads(x)
     return (q @ k.mT).masked_fill(x[:, None, None, :, 0] > 0, -5.0).softmax(-1) @ v
-
-
-def window_mask(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    b, h, n, _ = q.shape
-    scores = (q @ k.mT).view(1, b, h, n, n) + x[None, :, None, :, :1]
-    return scores.view(b, h, n, n).softmax(-1) @ v
-
-
-def five_dimensions(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = (t[None] for t in m.heads(x))
-    return (q @ k.mT).softmax(-1) @ v
-
-
-def scores_transposed(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    return torch.einsum("bhid,bhjd->bhji", q, k).softmax(-1) @ v
-
-
-def unequal_ranks(m: Heads, x: Tensor) -> Tensor:
-    q, k, _ = m.heads(x)
-    result: Tensor = (q @ k.mT).softmax(-1) @ m.v(x)[0]
-    return result
-
-
-def three_dimensions(m: Heads, x: Tensor) -> Tensor:
-    q: Tensor = m.q(x)
-    return F.scaled_dot_product_attention(q, m.k(x), m.v(x))
 
 
 def dropout_at_inference(m: Heads, x: Tensor) -> Tensor:
@@ -443,17 +575,9 @@ REFUSALS: dict[Forward, str] = {
     heads_mixed_by_a_product: "heads are mixed between scores and softmax",
     heads_mixed_after: "heads are mixed between softmax and the product with v",
     gated: "probabilities are changed between softmax and the product with v",
-    transposed_probabilities: "probabilities are transposed before the product with v",
-    by_hand: "hand-written softmax: use torch.softmax, which is recognized",
     mixture_of_rows: "softmax is not of a product of queries and keys, but of aten.linear",
-    weight_for_keys: "scores are a product with a weight, not of queries and keys",
-    temperature: "scores are scaled by something that is not a constant number",
+    weight_for_keys: "keys are a weight of the model",
     finite_fill: "masked scores are filled with more than minus infinity",
-    window_mask: "a mask is applied in more than four dimensions",
-    five_dimensions: "attention over more than four dimensions",
-    scores_transposed: "scores are transposed between their product and softmax",
-    unequal_ranks: "queries, keys and values differ in their number of dimensions",
-    three_dimensions: "attention on tensors that are not (B, H, N, D): give heads apart",
     dropout_at_inference: "attention with dropout at inference",
 }
 

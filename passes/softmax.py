@@ -1,0 +1,157 @@
+"""The softmax that a node computes, by operator or written out.
+
+    exp(x - m) / sum(exp(x - m)),  exp(x) * (1 / sum(exp(x))),  exp(log_softmax(x)),
+    exp(x - logsumexp(x))                          m of size one along the axis
+
+What is the same along the axis changes nothing, whatever it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpress.passes.dataflow import CASTS, argument, captured, is_noop, peel
+from fxpress.rewrite import Decline
+
+__all__ = ["Softmax", "is_cast", "softmax_of"]
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+_MAXIMUM = (aten.amax.default, aten.max.dim)
+_TINY = 1e-7  # added to a sum of at least one, it is lost in float32
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax.
+
+    Attributes:
+        node: its result.
+        scores: what it is taken of.
+        dim: the axis, counted from the front.
+    """
+
+    node: fx.Node
+    scores: fx.Node
+    dim: int
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node changes the dtype between two floating-point ones."""
+    source = node.args[0] if node.args else None
+    if node.op != "call_function" or node.target not in CASTS or not isinstance(source, fx.Node):
+        return False
+    return bool(node.meta["val"].is_floating_point() and source.meta["val"].is_floating_point())
+
+
+def softmax_of(node: fx.Node) -> Softmax | Decline | None:
+    """The softmax that a node computes; Decline where its sum has something added."""
+    if node.op != "call_function":
+        return None
+    if node.target in _SOFTMAX:
+        return _along(node, node.args[0], node.args[1])
+    if node.target is aten.exp.default:
+        return _exponential(node)
+    if node.target is aten.div.Tensor:
+        return _normalized(node, node.args[0], node.args[1])
+    if node.target is aten.mul.Tensor:
+        for one, other in (node.args, node.args[::-1]):
+            if isinstance(other, fx.Node) and peel(other).target is aten.reciprocal.default:
+                return _normalized(node, one, peel(other).args[0])
+    return None
+
+
+def _along(node: fx.Node, scores: Any, dim: Any) -> Softmax | None:
+    if not isinstance(scores, fx.Node) or not isinstance(dim, int):
+        return None
+    return Softmax(node, scores, dim % node.meta["val"].ndim)
+
+
+def _exponential(node: fx.Node) -> Softmax | None:
+    """exp(log_softmax(x)), exp(x - logsumexp(x))."""
+    inner = node.args[0]
+    assert isinstance(inner, fx.Node)
+    if inner.target in _LOG_SOFTMAX:
+        return _along(node, inner.args[0], inner.args[1])
+    if inner.target is not aten.sub.Tensor or inner.kwargs:
+        return None
+    scores, total = inner.args
+    if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default:
+        return None
+    dims = total.args[1]
+    kept = argument(total, 2, "keepdim", False)
+    if total.args[0] is not scores or not kept or not isinstance(dims, list) or len(dims) != 1:
+        return None
+    return _along(node, scores, dims[0])
+
+
+def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | None:
+    """exp(x) over its own sum along an axis."""
+    if not isinstance(above, fx.Node) or not isinstance(below, fx.Node):
+        return None
+    power, total = peel(above, CASTS), peel(below, CASTS)
+    added = 0.0
+    if total.target in (aten.add.Tensor, aten.clamp_min.default, aten.clamp.default):
+        number, inner = total.args[1], total.args[0]
+        if not isinstance(number, (int, float)) or not isinstance(inner, fx.Node):
+            return None
+        added, total = float(number), peel(inner, CASTS)
+    dim = _summed(total, power)
+    if power.target is not aten.exp.default or dim is None:
+        return None
+    scores, by_maximum = _shifted(power.args[0], dim)
+    if added and (added > _TINY or not by_maximum):
+        return Decline("something is added to the sum of a hand-written softmax", node)
+    return Softmax(node, scores, dim)
+
+
+def _summed(total: fx.Node, power: fx.Node) -> int | None:
+    """The axis along which a node is the sum of another, and has size one."""
+    if total.target is not aten.sum.dim_IntList or not argument(total, 2, "keepdim", False):
+        return None
+    source, dims = total.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    if peel(source, CASTS) is not power or not isinstance(dims[0], int):
+        return None
+    return dims[0] % power.meta["val"].ndim
+
+
+def _shifted(node: Any, dim: int) -> tuple[fx.Node, bool]:
+    """What an exponential is of, but for a shift along the axis; whether by its maximum."""
+    assert isinstance(node, fx.Node)
+    if node.target is not aten.sub.Tensor or node.kwargs or not isinstance(node.args[1], fx.Node):
+        return node, False
+    scores, shift = node.args
+    assert isinstance(scores, fx.Node)
+    assert isinstance(shift, fx.Node)
+    ndim, place = shift.meta["val"].ndim, dim - scores.meta["val"].ndim
+    same_shape = scores.meta["val"].shape == node.meta["val"].shape
+    if not same_shape or (ndim >= -place and captured(shift.meta["val"].shape[place]) != 1):
+        return node, False
+    return scores, _is_maximum(shift, scores, place)
+
+
+def _is_maximum(shift: fx.Node, scores: fx.Node, place: int) -> bool:
+    """Whether a shift is the maximum of the scores along an axis counted from the end."""
+    while is_noop(shift) or shift.target in (aten.detach.default, aten.detach_.default):
+        source = shift.args[0]
+        assert isinstance(source, fx.Node)
+        shift = source
+    if getattr(shift.target, "__name__", "") == "getitem":
+        source = shift.args[0]
+        assert isinstance(source, fx.Node)
+        shift = source
+    if shift.target not in _MAXIMUM or shift.args[0] is not scores:
+        return False
+    dims = shift.args[1]
+    return (dims if isinstance(dims, list) else [dims]) in (
+        [place],
+        [place + scores.meta["val"].ndim],
+    )
