@@ -135,9 +135,11 @@ def kernel_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
 def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
     """One kernel that serves a site."""
     q, k, r = site.tiles[1], site.block, site.terms
-    width = min(_power_of_two(q), (_TILE if site.batch == 1 else _TILE // 2) // k)
-    if r > 2 and q * k <= _TILE // 2:
-        width = min(width, 32)  # more programs at a time hide what each term waits for
+    width = min(_power_of_two(q), _TILE // k)
+    if site.batch > 1 or r > 2:
+        # More programs at a time hide what each waits for: 32 pieces for the terms of a row, or 16.
+        most = 16 if site.batch > 1 else 32 if q * k <= _TILE // 2 else width
+        width = min(width, most)
     terms = _group(r, 2 if r > 2 else 1)
     narrow = site.dtype == torch.float32 or (site.batch == 1 and r <= 2)
     return VvmaKernel(
@@ -160,10 +162,9 @@ def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
 def sums_of(one: VvmaKernel, batch: int) -> VvmaKernel:
     """The kernel of the first stage of what `one` does: what was fastest on an H100."""
     (p, q), k, r = one.tiles, one.block, one.terms
-    bytes_read = r * p * q * k * getattr(torch, one.dtype).itemsize
     few = batch == 1 and q <= 64
     width = min(_power_of_two(q), 16 if few else _TILE // 2 // k)
-    rows = 1 if batch == 1 else 2 if bytes_read < 2**23 else 8
+    rows = 1 if batch == 1 else 2 if r * p < 1024 else 8
     return replace(
         one,
         stage="sums",

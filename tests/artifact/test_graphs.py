@@ -265,7 +265,7 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("target", ALLOWED, ids=str)
+@pytest.mark.parametrize("target", ALLOWED, ids=lambda t: getattr(t, "__name__", str(t)))
 def test_operators_have_one_name(target: Any) -> None:
     assert target_named(target_name(target)) is target
 
@@ -286,7 +286,7 @@ def test_operators_have_one_name(target: Any) -> None:
         typing.cast,
         "aten.relu.default",
     ],
-    ids=str,
+    ids=lambda t: getattr(t, "__name__", str(t)),
 )
 def test_operators_that_are_not_on_the_list(target: Any) -> None:
     with pytest.raises(ArtifactError):
