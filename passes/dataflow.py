@@ -87,8 +87,10 @@ def sizes(node: fx.Node) -> tuple[int, ...]:
 
 
 def captured(size: Any) -> int:
-    """A size as captured, where it is dynamic."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size as captured, where it is dynamic; two where only the data decides it."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 2
 
 
 # No-ops ------------------------------------------------------------------------------------------
@@ -206,9 +208,8 @@ class Constants:
         environment = size.node.shape_env
         # Renamed in torch 2.12.
         hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-        return int(
-            expression.xreplace({s: hints[s] + self.growth for s in expression.free_symbols})
-        )
+        known = {symbol: hints.get(symbol, 2) + self.growth for symbol in expression.free_symbols}
+        return int(expression.xreplace(known))
 
 
 def _value_inputs(node: fx.Node) -> list[fx.Node]:

@@ -125,7 +125,7 @@ class _Attention:
             factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
             is_causal = factors.is_causal and not factors.rest
         args = (q, k, v, None if is_causal else mask, 0.0, is_causal)
-        scale = {} if scores.scale is None else {"scale": scores.scale}
+        scale: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
         fused = graph.call_function(_SDPA, args, scale)
         return restored(graph, fused, values, layout, dtype)
 
@@ -190,15 +190,22 @@ class FuseSoftmax(Rewrite):
             return None
         nearest: Decline | None = None
         for side in (values, values.swapped()):
-            found = _softmax_behind(side.left)
-            if isinstance(found, tuple):
-                end = _attended(*found, side, program)
-                if isinstance(end, _Attention):
-                    return end
-                nearest = nearest or end
-            elif side is values or node.target is aten.einsum.default:
-                nearest = nearest or found or _near_softmax(side.left.node)
+            # Weights on the right are rarely probabilities, unless the order is that of letters.
+            tells = side is values or node.target is aten.einsum.default
+            found = self._ends_in(side, program, tells)
+            if isinstance(found, _Attention):
+                return found
+            nearest = nearest or (found if tells else None)
         return nearest
+
+    def _ends_in(
+        self, values: Product, program: Program, near: bool
+    ) -> _Attention | Decline | None:
+        """The attention that ends in a product with v from the right; near misses, where asked."""
+        behind = _softmax_behind(values.left)
+        if isinstance(behind, tuple):
+            return _attended(*behind, values, program)
+        return behind or (_near_softmax(values.left.node) if near else None)
 
     def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
         """Attention on four-dimensional operands, brought back to the product's own form."""
@@ -296,14 +303,26 @@ def _merged_heads(q: Strided) -> int:
             return 1
         if node.target in (aten.linear.default, aten.addmm.default):
             return 1
+        if not all(isinstance(n.meta["val"], torch.Tensor) for n in (source, node)):
+            node = source  # one of several parts
+            continue
         before, after = sizes(source), sizes(node)
-        if len(before) == 4 and len(after) == 3 and math.prod(before[:2]) == after[0]:
-            return before[1]
+        if heads := _merged_last(before, after):
+            return heads
         if after[-1] == width < before[-1] and before[-1] % width == 0:
             heads = before[-1] // width
             return heads if sizes(q.node)[0] % heads == 0 or q.order is not None else 1
         node = source
     return 1
+
+
+def _merged_last(before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    """The second of two neighboring dimensions that a view merged, before the last two; else 0."""
+    for at in range(len(after) - 2):
+        merged = (*before[:at], math.prod(before[at : at + 2]), *before[at + 2 :])
+        if merged == after and len(before) == len(after) + 1:
+            return before[at + 1]
+    return 0
 
 
 def _dtype(operand: Strided) -> torch.dtype:

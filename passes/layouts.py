@@ -32,15 +32,21 @@ class Placed:
         node: the tensor.
         lead: batch sizes of the scores there.
         order: the dimension of the scores there at each place of (..., Nq, Nk); None: as they are.
+        split: sizes of the scores there, where queries and keys are split into more dimensions.
+        cells: (Nq, Nk), where they are.
     """
 
     node: fx.Node
     lead: tuple[Any, ...]
     order: tuple[int, ...] | None = None
+    split: tuple[int, ...] | None = None
+    cells: tuple[Any, ...] = ()
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Sizes in the order (..., Nq, Nk), with ones in front as broadcasting has them."""
+        if self.split is not None:
+            return (*self.lead, *self.cells)
         own = tuple(self.node.meta["val"].shape)
         whole = (1,) * (len(self.lead) + 2 - len(own)) + own
         return whole if self.order is None else tuple(whole[dim] for dim in self.order)
@@ -175,6 +181,10 @@ def placed(graph: fx.Graph, mask: Placed, layout: Layout) -> fx.Node:
     """A tensor that broadcasts against scores, as one that does so against (B, H, Nq, Nk)."""
     node, shape = mask.node, mask.shape
     ndim = node.meta["val"].ndim
+    if mask.split is not None:
+        node = graph.call_function(aten.expand.default, (node, list(mask.split)))
+        node = graph.call_function(aten.reshape.default, (node, list(shape)))
+        ndim = len(shape)
     wanted = len(mask.lead) + 2 if mask.order is not None or ndim > 2 else 2
     for _ in range(wanted - ndim):
         node = graph.call_function(aten.unsqueeze.default, (node, 0))

@@ -72,7 +72,7 @@ def _permuted(node: fx.Node, rank: int) -> list[int]:
     """The dimension of the source at each place of its permutation."""
     dims = list(range(rank))
     if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[operator, union-attr]
+        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[arg-type, union-attr]
     first, second = node.args[1:3] if node.target is aten.transpose.int else (-1, -2)
     assert isinstance(first, int)
     assert isinstance(second, int)
@@ -136,7 +136,8 @@ class Scores:
     @property
     def tensors(self) -> list[Placed]:
         """All that was met between product and softmax."""
-        return [met.tensor for met in (*self.biases, *self.keeps, *self.stretches)]
+        found = [bias.tensor for bias in self.biases] + [keep.tensor for keep in self.keeps]
+        return found + [stretch.tensor for stretch in self.stretches]
 
     def mask(self, program: Program, layout: Layout, dtype: torch.dtype) -> fx.Node | None:
         """Build one mask, boolean or of `dtype`, that broadcasts to (B, H, Nq, Nk)."""
@@ -240,16 +241,28 @@ class _Way:
 
     Attributes:
         order: the dimension of the node reached at each place of (..., Nq, Nk).
+        whole: sizes of the scores before queries and keys were split; None where they are not.
         factor: numbers that the scores are multiplied by.
         biases, keeps, stretches, heads: as in `Scores`.
     """
 
     order: tuple[int, ...] | None
+    whole: tuple[int, ...] | None = None
     factor: float = 1.0
     biases: tuple[Bias, ...] = ()
     keeps: tuple[Keep, ...] = ()
     stretches: tuple[Stretch, ...] = ()
     heads: int | None = None
+
+    def viewed(self, node: fx.Node) -> _Way | None:
+        """The way behind a view that splits or merges queries and keys; None where it ends."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = (tuple(n.meta["val"].shape) for n in (source, node))
+        if self.order is not None or not all(isinstance(s, int) for s in (*before, *after)):
+            return None
+        whole = self.whole or after
+        return replace(self, whole=None if before == whole else whole)
 
     def scaled(self, factor: float) -> _Way:
         return replace(self, factor=self.factor * factor)
@@ -257,6 +270,8 @@ class _Way:
     def placed(self, tensor: fx.Node, at: fx.Node) -> Placed:
         """A tensor that is applied to the scores `at`."""
         shape = tuple(at.meta["val"].shape)
+        if self.whole is not None:
+            return Placed(tensor, self.whole[:-2], None, shape, self.whole[-2:])
         order = self.order or tuple(range(len(shape)))
         return Placed(tensor, tuple(shape[dim] for dim in order[:-2]), self.order)
 
@@ -272,7 +287,7 @@ class _Way:
 
     def seen(self, node: fx.Node) -> _Way:
         shape = node.meta["val"].shape
-        if len(shape) != 4 or self.heads is not None:
+        if len(shape) != 4 or self.heads is not None or self.whole is not None:
             return self
         return replace(self, heads=captured(shape[self.order[1] if self.order else 1]))
 
@@ -291,15 +306,19 @@ class _Walk:
         """Follow the scores back to their product."""
         while True:
             way = way.seen(node)
-            if is_noop(node) or is_cast(node) or (is_view(node) and way.order is None):
+            plain = way.order is None and way.whole is None
+            if is_noop(node) or is_cast(node) or (is_view(node) and plain):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 node = source
                 continue
             if (found := product(node)) is not None:
-                return self._end(found, way)
-            if (earlier := turned(node, way.order)) is not None:
+                return self._end(found, way) if way.whole is None else _refusal(node)
+            if way.whole is None and (earlier := turned(node, way.order)) is not None:
                 node, way = earlier[0], replace(way, order=earlier[1])
+                continue
+            if node.target in _VIEWS and (further := way.viewed(node)) is not None:
+                node, way = node.args[0], further  # type: ignore[assignment]
                 continue
             step = self._step(node, way)
             if not isinstance(step, tuple):
@@ -336,14 +355,29 @@ class _Walk:
                 continue
             if not isinstance(other, fx.Node):
                 continue
+            if (cut := self._cut(node, other, way)) is not None:
+                return chain, cut
             shape = [captured(size) for size in way.placed(other, node).shape]
-            if 1 in shape[-2:]:
+            if 1 in shape[-2:] and way.whole is None:
                 stretch = Stretch(way.placed(other, node), divides, shape[-1] != 1)
                 found = self.back(chain, way.stretched(stretch))
                 if isinstance(found, Scores):
                     return found
                 nearest = found
         return nearest
+
+    def _cut(self, node: fx.Node, kept: fx.Node, way: _Way) -> _Way | None:
+        """What is kept in scores * m + (1 - m) * low, with a constant m of zeros and ones."""
+        ones = self.constants.value(kept)
+        if not isinstance(ones, Tensor) or not bool(((ones == 0) | (ones == 1)).all()):
+            return None
+        for bias in way.biases:
+            low = self.constants.value(bias.tensor.node)
+            if isinstance(low, Tensor) and _is_low_where(low * bias.factor, ones == 0):
+                rest = tuple(other for other in way.biases if other is not bias)
+                keep = Keep(way.placed(kept, node), False, _MODEST)
+                return replace(way, biases=rest).kept(keep)
+        return None
 
     def _add(self, node: fx.Node, way: _Way) -> Scores | Decline:
         """Either addend may be the scores; the other one is a mask."""
@@ -467,6 +501,12 @@ def scores_of(
         order: the dimension of the node at each place of (..., Nq, Nk); None: as they are.
     """
     return _Walk(program).back(node, _Way(order))
+
+
+def _is_low_where(bias: Tensor, dropped: Tensor) -> bool:
+    """Whether a bias is zero, and as low as a fill where something is dropped."""
+    bias, dropped = torch.broadcast_tensors(bias, dropped)
+    return bool((bias[dropped] <= _MODEST).all()) and bool((bias[~dropped] == 0).all())
 
 
 def _is_whole(source: fx.Node, node: fx.Node) -> bool:

@@ -120,7 +120,7 @@ def _summed(total: fx.Node, power: fx.Node) -> int | None:
         return None
     if peel(source, CASTS) is not power or not isinstance(dims[0], int):
         return None
-    return dims[0] % power.meta["val"].ndim
+    return int(dims[0] % power.meta["val"].ndim)
 
 
 def _shifted(node: Any, dim: int) -> tuple[fx.Node, bool]:

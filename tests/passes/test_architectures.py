@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpress.capture import capture
 from fxpress.passes.fuse_attention import FuseAttention
@@ -18,62 +16,13 @@ from fxpress.program import Program
 from fxpress.rewrite import PassContext
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
+from tests.passes.architectures import tokens
+from tests.passes.attention_count import AttentionCount
 
 aten = torch.ops.aten
 
 Build = Callable[[str], nn.Module]
 Call = Mapping[str, Any]
-
-
-class AttentionCount(TorchDispatchMode):
-    """Counts attention in an eager run: fused calls, and softmaxes that reach a product.
-
-    A tensor carries the softmaxes that it was computed from, until a product consumes it.
-    """
-
-    FUSED = "_scaled_dot_product"
-    SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
-    PRODUCTS = ("aten::bmm", "aten::mm", "aten::baddbmm", "aten::addmm")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.fused = 0
-        self.reached: set[int] = set()
-        self.seen = 0
-        self.carried: dict[int, set[int]] = {}
-        self.alive: list[Any] = []  # an id is unique only as long as its tensor lives
-
-    @property
-    def total(self) -> int:
-        return self.fused + len(self.reached)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        carried = set().union(*(self.carried.get(id(t), set()) for t in tensors))
-        self.fused += self.FUSED in name
-        if name in self.SOFTMAX:
-            self.seen += 1
-            carried = {self.seen}
-        elif name in self.PRODUCTS:
-            left = args[1] if name in ("aten::baddbmm", "aten::addmm") else args[0]
-            self.reached |= self.carried.get(id(left), set())
-            carried = set()
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.alive.append(leaf)
-                self.carried[id(leaf)] = carried
-        return out
-
-
-def tokens() -> dict[str, Tensor]:
-    """Two rows, the second one padded on the right."""
-    mask = torch.ones(2, 8, dtype=torch.long)
-    mask[1, 5:] = 0
-    return {"input_ids": torch.arange(16).view(2, 8) + 3, "attention_mask": mask}
 
 
 SMALL = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxpress.capture import Call, capture, capture_calls
-from fxpress.passes import fuse_attention, scores
+from fxpress.passes import fuse_attention, layouts, scores, softmax
 from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.sites import attention_sites
 from fxpress.program import Program
@@ -295,7 +295,8 @@ def grouped_heads(m: Heads, x: Tensor) -> Tensor:
 def windows(m: Heads, x: Tensor) -> Tensor:
     q, k, v = (t.unflatten(2, (-1, 2)).transpose(1, 2) for t in m.heads(x[:, :4]))
     mask = torch.arange(4.0).view(2, 1, 1, 2)
-    return (q @ k.mT + mask).softmax(-1) @ v
+    context: Tensor = (q @ k.mT + mask).softmax(-1) @ v
+    return context
 
 
 def split_between(m: Heads, x: Tensor) -> Tensor:
@@ -569,6 +570,75 @@ def dropout_at_inference(m: Heads, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
+def over_queries(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def over_heads(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT).softmax(1) @ v
+
+
+def renormalized(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).softmax(-1) * (x[:, None, None, :, 0] > 0)
+    return (p / (p.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def quiet(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    e = (q @ k.mT).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+def full_scale(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT * (x @ x.mT)[:, None]).softmax(-1) @ v
+
+
+def scaled_with_bias(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return ((q @ k.mT + x[:, None, None, :, 0]) * m.temperature).softmax(-1) @ v
+
+
+def scaled_in_one(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    scores = torch.baddbmm(x[:, None, :, 0], q, k.mT) * m.temperature
+    result: Tensor = scores.softmax(-1) @ v
+    return result
+
+
+def regrouped(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    b, h, n, _ = q.shape
+    scores = (q @ k.mT).view(h, b, n, n) + m.q.weight[:h, :1, None, None]
+    return scores.view(b, h, n, n).softmax(-1) @ v
+
+
+def unequal_ranks_of_values(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    p = (q @ k.mT).softmax(-1)[:, None].reshape(3, 1, 2, 5, 5)
+    return p @ v[:, None]
+
+
+def more_heads_than_queries(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2).reshape(3, 10, 1, 4) for t in m.heads(x))
+    p = (q @ k[:, None, :, 0].mT).softmax(-1)
+    return torch.einsum("bhij,bjd->bhid", p, v[:, :, 0])
+
+
+def grouped_without_batch(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = (t[0] for t in m.heads(x))
+    return F.scaled_dot_product_attention(q, k[:1], v[:1], enable_gqa=True)
+
+
+def softmax_of_features(m: Heads, x: Tensor) -> Tensor:
+    """Linear attention: softmax of queries and of keys, apart."""
+    q, k, v = m.heads(x)
+    return q.softmax(-1) @ (k.mT @ v)
+
+
 REFUSALS: dict[Forward, str] = {
     soft_cap: "a soft cap (tanh) stands between scores and softmax",
     heads_mixed_before: "heads are mixed between scores and softmax",
@@ -579,6 +649,18 @@ REFUSALS: dict[Forward, str] = {
     weight_for_keys: "keys are a weight of the model",
     finite_fill: "masked scores are filled with more than minus infinity",
     dropout_at_inference: "attention with dropout at inference",
+    over_queries: "softmax is taken over the queries, not over the keys",
+    over_heads: "softmax is taken over batch or heads, not over the keys",
+    renormalized: "probabilities are changed between softmax and the product with v",
+    quiet: "something is added to the sum of a hand-written softmax",
+    full_scale: "scores are scaled by a tensor that differs by query and key",
+    scaled_with_bias: "scores are scaled by a tensor together with a bias",
+    scaled_in_one: "scores are scaled by a tensor together with a bias",
+    regrouped: "a mask is applied in dimensions that are not batch and heads",
+    unequal_ranks_of_values: "queries, keys and values differ in their number of dimensions",
+    more_heads_than_queries: "rows of the scores are not those of the product with v",
+    grouped_without_batch: "attention of grouped heads that is not on (B, H, N, D)",
+    softmax_of_features: "softmax is not of a product of queries and keys, but of aten.view",
 }
 
 
@@ -604,12 +686,13 @@ def test_dynamic_batches_that_broadcast_are_declined() -> None:
     assert decline.reason == UNEQUAL
 
 
+TWO_DYNAMIC = "more than one dynamic size among the batch dimensions of attention"
 UNEQUAL = "batch sizes of queries, keys and values differ"
 
 
 def test_every_reason_is_hit() -> None:
-    known = [*REFUSALS.values(), UNEQUAL]
-    for module in (fuse_attention, scores):
+    known = [*REFUSALS.values(), UNEQUAL, TWO_DYNAMIC]
+    for module in (fuse_attention, scores, layouts, softmax):
         assert module.__file__ is not None
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Decline":
@@ -630,11 +713,68 @@ def test_softmax_without_a_product_behind_it_is_no_anchor(dim: int) -> None:
     assert not record.declined
 
 
-def test_softmax_over_another_axis_is_no_anchor() -> None:
+def test_no_softmax_is_no_attention() -> None:
     def forward(m: Heads, x: Tensor) -> Tensor:
         q, k, v = m.heads(x)
-        return (q @ k.mT).softmax(-2) @ v
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return F.relu(q @ k.mT) @ v
 
     record = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),)))
     assert not record.rewrites
     assert not record.declined
+
+
+def test_what_weighs_experts_or_channels_is_left_alone() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        gates = m.q(x).softmax(-1)
+        experts = torch.stack([m.k(x), m.v(x)] * 4, -1)
+        channels = m.k(x).mean(1, keepdim=True).softmax(-1)
+        mixed: Tensor = (experts @ gates[..., None])[..., 0] * channels
+        return mixed
+
+    record = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),)))
+    assert not record.rewrites
+
+
+LIFTED: dict[str, Forward] = {
+    "three": three_dimensions,
+    "three_masked": three_dimensions_masked,
+    "five": five_dimensions_given,
+    "two": two_dimensions_given,
+}
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_the_operator_in_other_dimensions_is_lifted(
+    name: str, assert_same_gradients: Callable[..., None]
+) -> None:
+    model, x = Heads(LIFTED[name]).eval(), torch.randn(3, 5, 8)
+    program = capture(model, (x,))
+    assert fused(program).counts() == {"lift-attention": 1}
+    assert len(attention_sites(program)) == 1
+    assert_equivalent(program, model, (x,))
+    assert_same_gradients(program.graph_module, model, (x,), None)
+    assert not fused(program).rewrites
+
+
+def test_positions_of_a_plane_are_added_in_its_dimensions() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x[:, :4])
+        rows, columns = q[..., :2, None], q[..., None, 2:]
+        scores = (q @ k.mT).view(3, 2, 4, 2, 2) + rows + columns
+        return scores.view(3, 2, 4, 4).softmax(-1) @ v
+
+    model, x = Heads(forward).eval(), torch.randn(3, 5, 8)
+    program = capture(model, (x,))
+    assert fused(program).counts() == {"fuse-softmax": 1}
+    assert_equivalent(program, model, (x,))
+
+
+def test_two_dynamic_batch_sizes_in_one_are_declined() -> None:
+    class Bare(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return (q @ q.mT).softmax(-1) @ q
+
+    calls: list[Call] = [((torch.randn(a, b, 2, 5, 4),), {}) for a, b in ((3, 5), (4, 6))]
+    (decline,) = fused(capture_calls(Bare(), calls)).declined
+    assert decline.reason == TWO_DYNAMIC
