@@ -155,7 +155,7 @@ class Constants:
 
     def _pending(self, node: fx.Node) -> list[fx.Node]:
         """Nodes to compute, inputs first."""
-        order: list[fx.Node] = []
+        order: dict[fx.Node, None] = {}
         stack = [node]
         seen: set[fx.Node] = set()
         while stack:
@@ -168,8 +168,8 @@ class Constants:
             if waiting:
                 stack += waiting
             else:
-                order.append(stack.pop())
-        return order
+                order[stack.pop()] = None
+        return list(order)
 
     def _compute(self, node: fx.Node) -> Any:
         meta = node.meta.get("val")

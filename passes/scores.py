@@ -475,7 +475,7 @@ class _Walk:
         """Whether a product of scores is with what no call decides."""
         operands = found.left.node, found.right.node
         return any(
-            (_is_weight(one) or self.constants.value(one) is not None) and _reaches_product(other)
+            _reaches_product(other) and (_is_weight(one) or self.constants.value(one) is not None)
             for one, other in (operands, operands[::-1])
         )
 
