@@ -129,13 +129,11 @@ class Report:
                 verdict = "holds" if a["holds"] else "over budget"
                 lines.append(f"  tried {a['strength']}: drop {a['drop']:.4g}, {verdict}")
             if r := p.get("recovery"):
-                losses = " -> ".join(
-                    f"{value:.4g}" for _, value in (r["checks"][0], r["checks"][-1])
+                ends = [f"{loss:.4g}" for _, loss in (*r["checks"][:1], *r["checks"][-1:])]
+                done = (
+                    f"loss {' -> '.join(ends)} in {len(r['losses'])} steps, {r['seconds']:.1f} s: "
                 )
-                lines.append(
-                    f"  recovered {r['strength']}: loss {losses} in {len(r['losses'])} steps, "
-                    f"{r['seconds']:.1f} s: {r['stopped']}"
-                )
+                lines.append(f"  recovery of {r['strength']}: {done * bool(ends)}{r['stopped']}")
         return lines
 
     def _sites(self) -> list[str]:

@@ -190,6 +190,8 @@ class Run:
             progress=self.progress,
         )
         record.recovery = recovery.as_dict()
+        if not recovery.best:
+            return None
         module = self._module(captured, {**self.records, kind.name: trial})
         if not judge.holds(kind.name, module, f"{proposal.strength}, recovered"):
             return None

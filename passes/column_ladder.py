@@ -24,7 +24,7 @@ from fxpress.progress import Progress
 __all__ = ["propose_columns"]
 
 # Shares of the dense attention cost.
-_LADDER = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.28, 0.35, 0.5)
+_LADDER = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.22, 0.25, 0.28, 0.35, 0.5)
 _SCORED_CALLS = 8
 
 
