@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import fxpress
-from fxpress import cli_bench, cli_inputs, cli_inspect, cli_kernels, environment
+from fxpress import cli_bench, cli_inputs, cli_inspect, cli_kernels, cli_zoo, environment
 from fxpress.bisection import bisect as find_first_bad
 from fxpress.cli_inputs import Subject
 from fxpress.cli_tables import show, table
@@ -50,6 +50,9 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of the CPU")]
 Artifact = Annotated[Path, typer.Argument(help="what `optimize --out` wrote")]
 AnyArtifact = Annotated[Path | None, typer.Argument(help="what `optimize --out` wrote")]
+TextFolder = Annotated[
+    Path | None, typer.Option(help="folder with train.txt and test.txt, for the recipe's texts")
+]
 Html = Annotated[Path | None, typer.Option(help="write a page here")]
 
 
@@ -271,6 +274,44 @@ def zoo_show(
 
     facts = _entry(registry.entry(name))
     show(facts, "\n".join(f"{key:<12} {value}" for key, value in facts.items()), as_json)
+
+
+@zoo_app.command("train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help="a recipe, such as austen-lstm")],
+    reduced: Annotated[bool, typer.Option("--reduced", help="minutes on two CPU cores")] = False,
+    data: TextFolder = None,
+    out: Annotated[Path, typer.Option(help="folder of checkpoint, weights, card")] = Path("runs"),
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train by a recipe, on from its checkpoint where it was killed; `torchrun` shares the work."""
+    from fxpress.zoo import recipe, trained
+
+    _use_threads(threads)
+    plan = recipe.load(name, reduced=reduced)
+    card = trained.train(
+        plan, out, data=data, device=_kind(device) or "cpu", progress=cli_zoo.progress(plan)
+    )
+    if card:
+        show(card, cli_zoo.render_scores(card), as_json)
+
+
+@zoo_app.command("eval")
+def zoo_eval(
+    name: Annotated[str, typer.Argument(help="a recipe, such as austen-lstm")],
+    weights: Annotated[Path | None, typer.Option(help="folder that `train` wrote")] = None,
+    data: TextFolder = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score trained weights, those shipped or those of a folder, on the test data."""
+    from fxpress.zoo import trained
+
+    _use_threads(threads)
+    found = trained.evaluate(name, weights or trained.SHIPPED, data)
+    show(found, cli_zoo.render_scores(found), as_json)
 
 
 # --- what verbs share -----------------------------------------------------------------------

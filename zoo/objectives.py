@@ -21,13 +21,12 @@ from fxpress.zoo import tasks
 from fxpress.zoo.recipe import Recipe, RecipeError
 from fxpress.zoo.samples import DATA, read_texts
 
-__all__ = ["IGNORED", "TASKS", "Batch", "Task", "task_of"]
+__all__ = ["IGNORED", "TASKS", "Batch", "Task", "seed_of", "task_of"]
 
 IGNORED = -100  # torch's own mark for targets that do not count
 BYTES = 256
 VALID_SHARE = 10  # one part in so many of a training text chooses the best weights
 HELD_OUT = 4, 256  # batches of a drawn split, sequences of each
-SPLIT_SEEDS = {"valid": 2**40, "test": 2**41}  # no step's seed
 
 Batch = tuple[Tensor, Tensor]  # inputs, targets
 
@@ -123,7 +122,9 @@ def text(train: str, test: str, length: int) -> Task:
 
 def _bytes(path: Path) -> Tensor:
     """The paragraphs of a file as bytes (n,) of int64, a line each."""
-    return torch.frombuffer(bytearray("\n".join(read_texts(path)).encode()), dtype=torch.uint8).long()
+    return torch.frombuffer(
+        bytearray("\n".join(read_texts(path)).encode()), dtype=torch.uint8
+    ).long()
 
 
 def _windows(data: Tensor, length: int, rows: int = 64) -> list[Batch]:
@@ -149,7 +150,9 @@ def text_baselines(train: Tensor, test: Tensor) -> dict[str, float]:
 
     def bigram(first: int, byte: int) -> float:
         kinds, seen = followers[first], counts[first]
-        return (pairs[first, byte] + kinds * unigram(byte)) / (seen + kinds) if seen else unigram(byte)
+        return (
+            (pairs[first, byte] + kinds * unigram(byte)) / (seen + kinds) if seen else unigram(byte)
+        )
 
     following = list(zip(test[:-1].tolist(), test[1:].tolist(), strict=True))
     return {
@@ -194,8 +197,8 @@ def _drawn(
     """A task whose sequences are drawn without end; those held out have seeds of their own."""
     batches, rows = HELD_OUT
     splits = {}
-    for split, seed in SPLIT_SEEDS.items():
-        generator = torch.Generator().manual_seed(seed)
+    for split in ("valid", "test"):
+        generator = torch.Generator().manual_seed(seed_of(split))
         splits[split] = [draw(rows, generator) for _ in range(batches)]
     tested = [tensor for batch in splits["test"] for tensor in batch]
     return Task(
@@ -207,6 +210,16 @@ def _drawn(
         baselines,
         _sha256(*tested),
     )
+
+
+def seed_of(*purpose: str | int) -> int:
+    """A seed of its own for each purpose.
+
+    Torch's generator on CPU takes the low 32 bits of a seed and drops the others, so that seeds
+    made by shifting would meet: they are hashed.
+    """
+    digest = hashlib.sha256(repr(purpose).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 def _sha256(*tensors: Tensor) -> str:

@@ -84,7 +84,10 @@ def parse(name: str, fields: dict[str, Any], *, reduced: bool = False) -> Recipe
     """
     full = {key: value for key, value in fields.items() if key != "reduced"}
     changes = fields.get("reduced", {}) if reduced else {}
-    merged = full | {k: full[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    merged = full | {
+        key: full.get(key, {}) | value if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
     return Recipe(**_checked(name, merged | {"name": name, "reduced": reduced}))
 
 

@@ -6,7 +6,8 @@ A module of this package offers a model by decorating its build function:
     def rum_lm(pretrained: bool = False, **kwargs) -> nn.Module: ...
 
 The decorator turns the function into an `Entry`; the registry finds it by looking through the
-modules that lie beside this one, so a new file needs no list edited.
+modules that lie beside this one, so a new file needs no list edited. A module may also
+offer a tuple of entries.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,7 +86,9 @@ def entries() -> dict[str, Entry]:
     """Every entry by name, in alphabetic order; imports the modules of the zoo."""
     names = [info.name for info in pkgutil.iter_modules(zoo.__path__)]
     modules = [importlib.import_module(f"{zoo.__name__}.{name}") for name in names]
-    found = [e for m in modules for e in vars(m).values() if isinstance(e, Entry)]
+    offered = [value for m in modules for value in vars(m).values()]
+    several = [value for value in offered if isinstance(value, tuple)]
+    found = [e for e in (*offered, *chain(*several)) if isinstance(e, Entry)]
     return {e.name: e for e in sorted(found, key=lambda e: e.name)}
 
 

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fxpress.zoo.objectives import IGNORED, Batch, Task
+from fxpress.zoo.objectives import IGNORED, Batch, Task, seed_of
 from fxpress.zoo.recipe import Recipe, RecipeError
 from fxpress.zoo.registry import create_model
 
-__all__ = ["Progress", "State", "evaluate", "train"]
+__all__ = ["Progress", "State", "evaluate", "is_first_process", "train"]
 
 Progress = Callable[["State"], None]
 
@@ -98,6 +98,11 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
         distributed.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes; true without `torchrun`."""
+    return not distributed.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
 class Run:
     """The parts of a run that change: module, optimizer, best weights, counters."""
 
@@ -123,7 +128,7 @@ class Run:
 
     def _step(self, forward: nn.Module, step: int, share: slice) -> Tensor:
         """One step on this process's share of the batch; its loss."""
-        seed = self.recipe.seed * 2**32 + step
+        seed = seed_of("train", self.recipe.seed, step)
         torch.manual_seed(seed)  # for what is random in the model
         whole = self.task.draw(self.recipe.batch, torch.Generator().manual_seed(seed))
         forward.train()
@@ -147,7 +152,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial, about)
-        os.replace(partial, path)
+        partial.replace(path)
 
     def resume(self, path: Path) -> None:
         """Take up a checkpoint, if there is one.
@@ -201,9 +206,7 @@ def evaluate(module: nn.Module, task: Task, split: str) -> tuple[float, float]:
     return total / targets_seen, right / asked_seen
 
 
-def _loss(
-    module: nn.Module, batch: Batch, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy in nats; logits (B, N, V) and targets (B, N)."""
     inputs, targets = (x.to(device) for x in batch)
     logits = module(inputs)

@@ -1,0 +1,88 @@
+"""Recipes: each file is valid in both forms, and one clear error says what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fxpress.errors import FxpressError
+from fxpress.zoo import objectives, recipe
+from fxpress.zoo.recipe import RecipeError, parse
+from fxpress.zoo.registry import create_model
+
+FIELDS: dict[str, Any] = {
+    "description": "-",
+    "source": "-",
+    "task": "copying",
+    "data": {"T": 4},
+    "model": {"name": "gru-lm", "vocabulary": 10, "width": 8},
+    "batch": 4,
+    "steps": 6,
+    "evaluate_every": 2,
+    "optimizer": "adamw",
+    "learning_rate": 0.01,
+    "reduced": {"steps": 3, "model": {"width": 4}},
+}
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("name", recipe.list_recipes())
+def test_every_recipe_fits_its_model(name: str, reduced: bool) -> None:
+    plan = recipe.load(name, reduced=reduced)
+    assert (plan.name, plan.reduced) == (name, reduced)
+    inputs, targets = objectives.task_of(plan).splits["valid"][0]
+    logits = create_model(**plan.model)(inputs[:2])
+    assert logits.shape[:2] == targets[:2].shape
+    assert int(targets.max()) < logits.shape[2]
+
+
+def test_reduced_overrides_one_level_deep() -> None:
+    full, reduced = parse("r", FIELDS), parse("r", FIELDS, reduced=True)
+    assert (full.steps, reduced.steps) == (6, 3)
+    assert reduced.model == {"name": "gru-lm", "vocabulary": 10, "width": 4}
+    changed = dataclasses.replace(reduced, steps=6, model=full.model, reduced=False)
+    assert changed == full
+
+
+def test_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"'austen-lsmt': did you mean 'austen-lstm'\?") as caught:
+        recipe.load("austen-lsmt")
+    assert isinstance(caught.value, FxpressError)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 6}, "r: unknown field 'step'"),
+        ({"steps": "six"}, "r: steps is 'six': give a value of type int"),
+        ({"steps": True}, "r: steps is True"),
+        ({"steps": 0}, "r: steps is 0: it must be above 0"),
+        ({"learning_rate": -1.0}, "r: learning_rate is -1.0"),
+        ({"optimizer": "adan"}, "r: optimizer is 'adan': give one of adamw, rmsprop"),
+        ({"model": {"width": 8}}, "r: model needs a name"),
+        ({"reduced": {"steps": 3, "models": {}}}, "r: unknown field 'models'"),
+    ],
+)
+def test_a_bad_field_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse("r", FIELDS | change, reduced="reduced" in change)
+
+
+def test_a_missing_field_is_named() -> None:
+    fields = {key: value for key, value in FIELDS.items() if key not in ("batch", "task")}
+    with pytest.raises(RecipeError, match="r: batch, task is missing"):
+        parse("r", fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "copy"}, "r: task is 'copy': give one of text, copying, recall"),
+        ({"data": {"length": 4}}, "r: data is .* unexpected keyword argument 'length'"),
+    ],
+)
+def test_a_bad_task_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        objectives.task_of(parse("r", FIELDS | change))

@@ -1,0 +1,193 @@
+"""The models that recipes train: one in the registry for each recipe, with weights where they ship.
+
+What a run leaves is two files: NAME.safetensors, and a card NAME.json that says where the weights
+come from and what they score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fxpress.errors import CalibrationError
+from fxpress.zoo import objectives, recipe, registry, training
+from fxpress.zoo.pretrained import PretrainedError, no_pretrained
+from fxpress.zoo.recipe import Recipe
+from fxpress.zoo.registry import Calibration, Entry
+
+__all__ = ["SHIPPED", "Card", "entries", "evaluate", "load_card", "load_module", "train"]
+
+SHIPPED = Path(__file__).parent / "trained"
+ROWS = 4  # sequences of a batch for calibration
+Card = dict[str, Any]
+
+
+def train(
+    plan: Recipe,
+    out: Path,
+    *,
+    data: Path | None = None,
+    device: str = "cpu",
+    progress: training.Progress = lambda _: None,
+) -> Card:
+    """Train by a recipe and write weights and card into a folder; goes on where it was killed.
+
+    Args:
+        plan: the recipe.
+        out: the folder; also of the checkpoint.
+        data: a folder with train.txt and test.txt (or .jsonl), in place of the recipe's own texts.
+        device: cpu or cuda.
+        progress: called after each checkpoint.
+
+    Returns:
+        The card: recipe, sha256 of data and weights, scores on the test split, and what to compare
+        them with. Empty in all but the first of the processes that `torchrun` started.
+
+    Raises:
+        RecipeError: the recipe cannot be followed, or the checkpoint is another's.
+        CalibrationError: the data cannot be read.
+    """
+    task = objectives.task_of(plan, data)
+    checkpoint = out / f"{plan.name}.checkpoint.safetensors"
+    module, state = training.train(plan, task, checkpoint, device=device, progress=progress)
+    if not training.is_first_process():
+        return {}
+    weights = {name: x.cpu().contiguous() for name, x in module.state_dict().items()}
+    _write(out / f"{plan.name}.safetensors", lambda path: save_file(weights, path))
+    card = {
+        "recipe": dataclasses.asdict(plan),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "data_sha256": task.sha256,
+        "weights_sha256": _sha256(out / f"{plan.name}.safetensors"),
+        "headline": task.headline,
+        "scores": _scores(module, task),
+        "baselines": task.baselines,
+        "seconds": round(state.seconds, 1),
+        "machine": f"{device}, {torch.get_num_threads()} thread(s), {platform.machine()}",
+        "torch": torch.__version__,
+        "history": state.history,
+    }
+    text = json.dumps(card, indent=1) + "\n"
+    _write(out / f"{plan.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return card
+
+
+def evaluate(name: str, folder: Path = SHIPPED, data: Path | None = None) -> dict[str, Any]:
+    """Score trained weights on the test split of their recipe's data, or of another folder's.
+
+    Returns:
+        The metrics, and the headline metric of what to compare them with.
+
+    Raises:
+        PretrainedError: there are no weights, or others than the card says.
+    """
+    plan = Recipe(**load_card(name, folder)["recipe"])
+    task = objectives.task_of(plan, data)
+    return {"scores": _scores(load_module(name, folder), task), "baselines": task.baselines}
+
+
+def load_card(name: str, folder: Path = SHIPPED) -> Card:
+    """The card of a trained model.
+
+    Raises:
+        PretrainedError: there is none.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise PretrainedError(
+            f"{folder} has no trained {name}: `fxpress zoo train {name}` makes it"
+        )
+    card: Card = json.loads(path.read_text(encoding="utf-8"))
+    return card
+
+
+def load_module(name: str, folder: Path = SHIPPED) -> nn.Module:
+    """A trained model, in eval mode.
+
+    Raises:
+        PretrainedError: there are no weights, or others than the card says.
+    """
+    card, path = load_card(name, folder), folder / f"{name}.safetensors"
+    if not path.is_file() or _sha256(path) != card["weights_sha256"]:
+        raise PretrainedError(f"{path} is missing, or is not what its card was written for")
+    module = registry.create_model(**card["recipe"]["model"])
+    module.load_state_dict(load_file(path))
+    return module.eval()
+
+
+def _scores(module: nn.Module, task: objectives.Task) -> dict[str, float]:
+    return task.metrics(*training.evaluate(module, task, "test"))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, write: Any) -> None:
+    """All of a file, or nothing."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    partial.replace(path)
+
+
+# --- the registry ---------------------------------------------------------------------------
+
+
+def entries() -> tuple[Entry, ...]:
+    """An entry for each recipe, in its reduced form: it is what ships. None without PyYAML."""
+    if importlib.util.find_spec("yaml") is None:
+        return ()
+    return tuple(_entry(recipe.load(name, reduced=True)) for name in recipe.list_recipes())
+
+
+def _entry(plan: Recipe) -> Entry:
+    has_weights = (SHIPPED / f"{plan.name}.json").is_file()
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if not pretrained:
+            return registry.create_model(**plan.model | kwargs)
+        if not has_weights:
+            raise no_pretrained(plan.name)
+        if kwargs:
+            raise PretrainedError(
+                f"{plan.name}: the weights fix the sizes: drop {', '.join(kwargs)}"
+            )
+        return load_module(plan.name)
+
+    return Entry(
+        plan.name,
+        plan.description,
+        "Apache-2.0" if has_weights else "none",
+        f"{plan.source}; trained by `fxpress zoo train {plan.name} --reduced`",
+        build,
+        _calibration(plan),
+        has_weights,
+    )
+
+
+def _calibration(plan: Recipe) -> Calibration:
+    """Windows of a text, or sequences drawn as in training."""
+
+    def read(path: Path | None = None, limit: int = 32) -> list[Tensor]:
+        if plan.task == "text":
+            batches = registry.entry(plan.model["name"]).calibration(path, limit)
+            return [batch[:, : plan.data["length"]] for batch in batches]
+        if path is not None:
+            raise CalibrationError(f"{plan.name} draws its sequences: it reads no {path}")
+        draw = objectives.task_of(plan).draw
+        generator = torch.Generator().manual_seed(objectives.seed_of("calibration"))
+        return [draw(ROWS, generator)[0] for _ in range(limit)]
+
+    return read
+
+
+TRAINED = entries()
