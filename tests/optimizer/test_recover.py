@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +140,12 @@ def test_recovery_can_be_left_out() -> None:
 def test_bad_settings_are_refused(wish: object) -> None:
     with pytest.raises(PlanError, match="recover"):
         factored(recover=wish)
+
+
+def test_a_recovery_that_cannot_be_done_in_time_is_not_begun(tmp_path: Path) -> None:
+    o = factored(recover={"seconds": 1e-9, "reach": 100})
+    recovery = o.passes["factor-vvma"].recovery
+    assert recovery
+    assert not recovery["losses"]
+    assert "recovery of the stated forms: given up: a step takes about" in str(o.report)
+    assert "given up" in o.report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
