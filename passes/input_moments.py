@@ -40,8 +40,12 @@ class InputMoment:
         """Add one call."""
         source = self.site.node.args[0]
         assert isinstance(source, fx.Node)
-        x = inputs[source.name].detach().flatten(0, -2).double()
-        moment = (x.mT @ x if self.full else x.square().sum(0)).cpu()
+        x = inputs[source.name].detach().flatten(0, -2)
+        if self.full:
+            moment = x.double().mT @ x.double()
+        else:  # summed in float64 without a copy
+            moment = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
+        moment = moment.cpu()
         self._sum = moment if self._sum is None else self._sum + moment
         self._count += x.shape[0]
         self._calls += 1
