@@ -322,6 +322,8 @@ def _strip(graph: fx.Graph) -> None:
         elif node.target is aten.to.device and isinstance(node.args[0], fx.Node):
             node.target = aten.to.dtype
             node.args = (node.args[0], node.args[2], *node.args[3:])
+        elif node.target is aten._assert_scalar.default:
+            node.meta.setdefault("val", None)  # torch adds some late, without metadata
         elif mutates(node):
             node.meta["epilogue"] = True
             written = node.args[0]

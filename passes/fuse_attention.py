@@ -26,7 +26,7 @@ from torch import fx
 from fxpress.passes.dataflow import argument, is_noop, mask_factors, sizes
 from fxpress.passes.layouts import Layout, Placed, four, layout_of, restored, same_batch
 from fxpress.passes.products import Product, Strided, product
-from fxpress.passes.scores import Bias, Keep, Scores, is_view, scores_of, turned
+from fxpress.passes.scores import VIEWS, Bias, Keep, Scores, is_view, scores_of, turned
 from fxpress.passes.softmax import Softmax, is_cast, softmax_of
 from fxpress.program import Program
 from fxpress.rewrite import Decline, Rewrite, RewritePass
@@ -51,8 +51,15 @@ _POINTWISE = {
     aten.relu.default,
 }
 _MIXING = {aten.linear.default, aten.matmul.default, aten.einsum.default, aten.conv2d.default}
-_REORDERING = {aten.permute.default, aten.transpose.int, aten.clone.default}
-_NEAR = 6  # operations between softmax and product within which a near miss is reported
+_REORDERING = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.clone.default,
+    aten.slice.Tensor,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+}
+_NEAR = 6  # operations between softmax and product, views aside, that a near miss may have
 
 
 class FuseAttention(RewritePass):
@@ -259,11 +266,11 @@ def _near_softmax(start: fx.Node) -> Decline | None:
         node, left, mixed = waiting.pop(0)
         if _is_softmax(node):
             return _changed(start, mixed)
-        passes = is_noop(node) or is_cast(node) or is_view(node)
+        passes = is_noop(node) or is_cast(node) or node.target in VIEWS
         mixes = node.target in _MIXING
         if left and (passes or mixes or node.target in _POINTWISE | _REORDERING):
             inputs = [n for n in node.all_input_nodes if n.op == "call_function" and n not in seen]
-            waiting += [(n, left - 1, mixed or mixes) for n in inputs]
+            waiting += [(n, left - (not passes), mixed or mixes) for n in inputs]
             seen |= set(inputs)
     return None
 

@@ -25,11 +25,11 @@ from fxpress.passes.softmax import is_cast
 from fxpress.program import Program
 from fxpress.rewrite import Decline
 
-__all__ = ["Bias", "Keep", "Scores", "Stretch", "is_view", "scores_of", "turned"]
+__all__ = ["VIEWS", "Bias", "Keep", "Scores", "Stretch", "is_view", "scores_of", "turned"]
 
 aten = torch.ops.aten
 
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -51,7 +51,7 @@ _NEAR = 8  # operations behind one that mixes heads within which the scores are 
 def is_view(node: fx.Node) -> bool:
     """Whether a node merges or splits leading dimensions and leaves the last two alone."""
     source = node.args[0] if node.args else None
-    if node.op != "call_function" or node.target not in _VIEWS or not isinstance(source, fx.Node):
+    if node.op != "call_function" or node.target not in VIEWS or not isinstance(source, fx.Node):
         return False
     before, after = source.meta["val"].shape, node.meta["val"].shape
     return len(before) > 1 and [str(s) for s in before[-2:]] == [str(s) for s in after[-2:]]
@@ -317,7 +317,7 @@ class _Walk:
             if way.whole is None and (earlier := turned(node, way.order)) is not None:
                 node, way = earlier[0], replace(way, order=earlier[1])
                 continue
-            if node.target in _VIEWS and (further := way.viewed(node)) is not None:
+            if node.target in VIEWS and (further := way.viewed(node)) is not None:
                 node, way = node.args[0], further  # type: ignore[assignment]
                 continue
             step = self._step(node, way)
@@ -540,7 +540,7 @@ def _reaches_product(node: fx.Node) -> bool:
         if (found := product(node)) is not None and not _is_weight(found.right.node):
             return True
         inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
-        passes = is_noop(node) or is_cast(node) or node.target in _VIEWS or node.target in _MIXING
+        passes = is_noop(node) or is_cast(node) or node.target in VIEWS or node.target in _MIXING
         if not inputs or not (passes or node.target in (aten.mul.Tensor, aten.div.Tensor)):
             return False
         node = inputs[0]

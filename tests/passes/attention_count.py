@@ -21,12 +21,13 @@ class AttentionCount(TorchDispatchMode):
 
     FUSED = "_scaled_dot_product"
     SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
+    RESIZED = ("aten::slice", "aten::constant_pad_nd", "aten::_unsafe_view")
     PRODUCTS = ("aten::bmm", "aten::mm", "aten::baddbmm", "aten::addmm")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fused = 0
-        self.reached: set[tuple[int, int]] = set()
+        self.reached: set[int] = set()
         self.seen = 0
         self.carried: dict[int, set[tuple[int, int]]] = {}
         self.alive: list[Any] = []  # an id is unique only as long as its tensor lives
@@ -46,10 +47,12 @@ class AttentionCount(TorchDispatchMode):
         if name in self.SOFTMAX:
             self.seen += 1
             carried = {(self.seen, out.shape[args[1]])}
+        elif name in self.RESIZED:
+            carried = {(softmax, out.shape[-1]) for softmax, _ in carried}
         elif name in self.PRODUCTS:
             left = args[1] if name in ("aten::baddbmm", "aten::addmm") else args[0]
             found = self.carried.get(id(left), set())
-            self.reached |= {softmax for softmax in found if softmax[1] == left.shape[-1]}
+            self.reached |= {softmax for softmax, count in found if count == left.shape[-1]}
             carried = set()
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
