@@ -5,19 +5,23 @@ How many there are is counted in an eager run, which knows nothing of graphs.
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import fxpress
 from fxpress.capture import Call, capture, capture_calls
 from fxpress.passes.fuse_attention import FuseAttention
+from fxpress.passes.normalize_linear import NormalizeLinear
 from fxpress.passes.sites import attention_sites
 from fxpress.program import Program
 from fxpress.rewrite import PassContext
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
-from tests.passes.architectures import ARCHITECTURES, Architecture
+from tests.passes.architectures import ARCHITECTURES, Architecture, tokens
 from tests.passes.attention_count import AttentionCount
 
 
@@ -72,3 +76,40 @@ def test_sizes_stay_dynamic(name: str) -> None:
     recognized, declined = fused(program)
     assert (recognized, declined) == (count.total, [])
     assert_equivalent(program, model, (), longer(longer(call)))
+
+
+def test_attention_of_a_model_that_looks_at_its_data_is_found_in_regions() -> None:
+    local = Architecture("Longformer", "Model", tokens, {"attention_window": 4})
+    model = local.build("eager")
+    with AttentionCount() as count, torch.no_grad():
+        model(**tokens())
+    found = fxpress.explain(model, kwargs=tokens())
+    assert {region["path"] for region in found.regions if region["captured"] == "yes"} >= {
+        "encoder.layer.0",
+        "encoder.layer.1",
+    }
+    assert len(found.attention) == count.total == 2
+    assert all("changed between softmax" in site.reason for site in found.attention)
+    assert "attention 0 of 2 recognised" in str(found)
+
+
+@pytest.mark.timing
+def test_time_is_linear_in_depth() -> None:
+    seconds = {depth: _seconds(depth) for depth in (24, 48)}
+    assert seconds[48] < 10
+    assert seconds[48] <= 2.2 * seconds[24]
+
+
+def _seconds(depth: int) -> float:
+    """Processor time of canonicalizing a model, at best of three."""
+    architecture = replace(ARCHITECTURES["Llama"], sizes={"num_hidden_layers": depth})
+    call = architecture.call()
+    program = capture(architecture.build("eager"), kwargs=call)
+    return min(_canonicalized(program.copy()) for _ in range(3))
+
+
+def _canonicalized(program: Program) -> float:
+    start = time.process_time()
+    for kind in (FuseAttention, NormalizeLinear):
+        kind().run(program, PassContext())
+    return time.process_time() - start
