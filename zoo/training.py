@@ -92,8 +92,8 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         rank = distributed.get_rank()
-        index = rank % torch.cuda.device_count() if device == "cuda" else None
-        yield torch.device(device, index), rank, distributed.get_world_size()
+        place = f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
+        yield torch.device(place), rank, distributed.get_world_size()
     finally:
         distributed.destroy_process_group()
 
@@ -135,7 +135,7 @@ class Run:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = _loss(forward, (whole[0][share], whole[1][share]), self.device)[0]
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * _schedule(self.recipe, step)

@@ -154,7 +154,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         "trained.train(plan, Path(sys.argv[1]))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launch, script, tmp_path / "two"]
+    command = [*launch, str(script), str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     trained.train(tiny(steps=1, evaluate_every=1), tmp_path / "one")
