@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.ops.low_rank_linear import low_rank_linear
-from fxpress.ops.vvma_linear import vvma_linear
+from fxpress.ops.vvma_linear import lay_out, vvma_linear
 from fxpress.timing import interleave
 
 BATCHES = (1, 8, 32, 128)
@@ -37,7 +37,8 @@ def forms(size: int, block: int, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         "dense": partial(F.linear, x, torch.randn(size, size)),
     }
     for terms in TERMS:
-        core, vectors = torch.randn(terms, block, block), torch.randn(terms, pieces, pieces, block)
+        core = torch.randn(terms, block, block)
+        core, vectors = lay_out(core, torch.randn(terms, pieces, pieces, block))
         calls[f"vvma_{terms}"] = partial(vvma_linear, x, core, vectors)
     for terms in TERMS[1:]:
         rank = size * terms // (2 * block)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from fxpress.cost import hardware_of
 from fxpress.errors import PassError
 from fxpress.ops import low_rank_linear  # noqa: F401 - defines the operator
-from fxpress.ops.vvma_linear import lay_out_cores
+from fxpress.ops.vvma_linear import lay_out
 from fxpress.passes.factor_forms import Form, Place, dense_cost
 from fxpress.passes.factor_ladder import propose_forms
 from fxpress.passes.factor_settings import FactorVvmaConfig
@@ -131,15 +131,23 @@ class FactorVvma(PlannedPass):
         last, activation = _activation(node)
         device = _device(program)
 
-        def tensor(name: str) -> fx.Node:
-            return graph.get_attr(_register(program, f"{site.name}_{name}", decision[name], device))
+        keys = ("down", "up") if decision["form"] == "low-rank" else ("core", "vectors")
+        tensors = [decision[key].to(device) for key in keys]
+        if decision["form"] != "low-rank":
+            tensors = list(lay_out(*tensors))
 
         def build() -> fx.Node:
+            names = [f"{site.name}_{key}" for key in keys]
+            factors = [
+                graph.get_attr(_register(program, *pair))
+                for pair in zip(names, tensors, strict=True)
+            ]
+            args: tuple[Any, ...] = (x, *factors, bias, activation)
             if decision["form"] == "low-rank":
-                args: tuple[Any, ...] = (x, tensor("down"), tensor("up"), bias, activation)
                 return graph.call_function(torch.ops.fxpress.low_rank_linear.default, args)
-            args = (x, tensor("core"), tensor("vectors"), bias, activation, site.shape[0])
-            return graph.call_function(torch.ops.fxpress.vvma_linear.default, args)
+            return graph.call_function(
+                torch.ops.fxpress.vvma_linear.default, (*args, site.shape[0])
+            )
 
         folded = [node] if last is not node else []
         provide(program, last, self.name, build, site.name, folded)
@@ -156,14 +164,12 @@ def _activation(node: fx.Node) -> tuple[fx.Node, str | None]:
     return (user, name) if name else (node, None)
 
 
-def _register(program: Program, name: str, tensor: Tensor, device: torch.device) -> str:
+def _register(program: Program, name: str, tensor: Tensor) -> str:
     """Register a factor as a parameter; a core that is there already is shared."""
     for have, parameter in program.graph_module.named_parameters(recurse=False):
         if have.endswith("_core") and name.endswith("_core") and _equal(parameter, tensor):
             return have
-    if name.endswith("_core"):
-        tensor = lay_out_cores(tensor)
-    return program.register(name, nn.Parameter(tensor.to(device)))
+    return program.register(name, nn.Parameter(tensor))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -27,7 +27,7 @@ from fxpress.ops.activations import activate, activation_gradient
 from fxpress.ops.define import define
 from fxpress.ops.linear_checks import operand_problem
 
-__all__ = ["VvmaSite", "lay_out_cores", "vvma_linear", "vvma_reference"]
+__all__ = ["VvmaSite", "lay_out", "lay_out_cores", "vvma_linear", "vvma_reference"]
 
 _OPERATOR = "fxpress::vvma_linear"
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -99,6 +99,20 @@ def lay_out_cores(core: Tensor) -> Tensor:
     return core.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
+def lay_out(core: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The same factors in the order of memory that their device reads fastest.
+
+    On CPU lanes come first: vectors (k, q, r, p) are k matrices that a row multiplies from the left
+    in one pass, and cores (k, k r) multiply what comes out as it lies. Elsewhere vectors are as
+    they are, and cores as `lay_out_cores` has them. Cores of one output piece stay as they are.
+    """
+    if core.device.type != "cpu":
+        return lay_out_cores(core), vectors
+    if core.dim() == 3:
+        core = core.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return core, vectors.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+
 def _cut(x: Tensor, pieces: int, block: int) -> Tensor:
     """(B, n) -> (B, pieces, block), zeros at the end."""
     missing = pieces * block - x.shape[1]
@@ -124,13 +138,16 @@ def _one_row(row: Tensor, vectors: Tensor) -> Tensor:
 def _per_lane(x: Tensor, vectors: Tensor) -> Tensor:
     """Return z (r, B, p, k) as k products (B, q) x (q, r p).
 
-    No vector is copied where the lanes are outermost in memory.
+    No vector is copied where the lanes are outermost in memory (`lay_out`).
     """
     terms, p, q, block = vectors.shape
-    lanes = vectors.permute(3, 0, 1, 2)
-    if not lanes.is_contiguous():
-        lanes = vectors.reshape(-1, block).t().contiguous()  # two dimensions: a blocked copy
-    z = torch.bmm(x.permute(2, 0, 1).contiguous(), lanes.view(block, terms * p, q).mT)
+    lanes = vectors.permute(3, 2, 0, 1)
+    if lanes.is_contiguous():
+        lanes = lanes.view(block, q, terms * p)
+    else:  # two dimensions: a blocked copy
+        lanes = vectors.reshape(-1, block).t().contiguous().view(block, terms * p, q).mT
+    # A product with a row that is strided is several times slower than the copy.
+    z = torch.bmm(x.permute(2, 0, 1).contiguous(), lanes)
     return z.view(block, -1, terms, p).permute(2, 1, 3, 0)
 
 
@@ -149,6 +166,10 @@ def _products(z: Tensor, core: Tensor) -> Tensor:
     if core.dim() == 4:
         return torch.einsum("rbpc,prac->bpa", z, core)
     terms, batch, p, block = z.shape
+    rows = core.permute(1, 2, 0)
+    if rows.is_contiguous():  # as `lay_out` has them on CPU; z of one row is in their order
+        columns = z.permute(3, 0, 1, 2).reshape(block * terms, batch * p)
+        return torch.mm(rows.view(block, -1), columns).t().reshape(batch, p, block)
     y = torch.bmm(z.reshape(terms, batch * p, block), core.mT).sum(0)
     return y.view(batch, p, block)
 
@@ -169,13 +190,17 @@ def _forward(
     activation: str | None,
     out_features: int,
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    site = VvmaSite.of(rows, core, vectors, bias, activation, out_features)
-    chosen = lowering.choose(_OPERATOR, x.device.type, site)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    chosen = None
+    if lowering.registered(
+        _OPERATOR, x.device.type
+    ):  # describing a call costs as much as a small one
+        site = VvmaSite.of(rows, core, vectors, bias, activation, out_features)
+        chosen = lowering.choose(_OPERATOR, x.device.type, site)
     if chosen is not None:
         y: Tensor = chosen.run(site, rows, core, vectors, bias)
     else:
-        z = _sums(_cut(rows, site.tiles[1], site.block), vectors)
+        z = _sums(_cut(rows, vectors.shape[2], vectors.shape[3]), vectors)
         y = activate(_linear(z, core, bias, out_features), activation).contiguous()
     return y.view(*x.shape[:-1], out_features)
 
