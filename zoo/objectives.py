@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.zoo import tasks
@@ -184,8 +185,20 @@ def recall(T: int) -> Task:
         targets[:, -1] = values + T // 2 + 1
         return inputs, targets
 
-    chance = {"guessing": 1 / tasks.VALUES}
-    return _drawn(draw, lambda targets: targets != IGNORED, "accuracy", chance)
+    return _drawn(
+        draw,
+        lambda targets: targets != IGNORED,
+        "accuracy",
+        {"guessing": 1 / tasks.VALUES, "commonest value told": commonest_value_accuracy(T)},
+    )
+
+
+def commonest_value_accuracy(T: int, sequences: int = 20_000) -> float:
+    """Accuracy, over drawn sequences, of answering the value told most often, whatever the key."""
+    generator = torch.Generator().manual_seed(seed_of("commonest value"))
+    inputs, _ = tasks.associative_recall(T, sequences, generator)
+    told = F.one_hot(inputs[:, 1:T:2] - T // 2 - 1, tasks.VALUES).sum(1)  # (sequences, values)
+    return told.amax(1).sum().item() / (sequences * (T // 2))
 
 
 def _drawn(

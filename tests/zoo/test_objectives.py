@@ -77,6 +77,12 @@ def test_recall_asks_once_for_the_token_of_the_value() -> None:
         assert row[row.index(row[-1]) + 1] == target
 
 
+def test_commonest_value() -> None:
+    assert objectives.commonest_value_accuracy(2) == 1.0  # one pair
+    # Of two values one is answered: right if they are equal, else half the time.
+    assert round(objectives.commonest_value_accuracy(4), 2) == 0.55
+
+
 @pytest.mark.parametrize("name", ["recall-gru", "copying-gru"])
 def test_held_out_sequences_are_the_same_each_time_and_no_others(name: str) -> None:
     first, again = (objectives.task_of(recipe.load(name)) for _ in range(2))
