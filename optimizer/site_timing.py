@@ -110,7 +110,7 @@ def _time_site(
     cuda: bool,
 ) -> Timings:
     held = {n: attribute(program.graph_module, str(n.target)) for n in new if n.op == "get_attr"}
-    inputs = {node.name: value for node, value in held.items()} | dict(values)
+    inputs = {node.name: value for node, value in held.items()} | _renamed(new, values)
 
     def run_old() -> Any:
         return _evaluate(old, dict(values))
@@ -120,6 +120,19 @@ def _time_site(
 
     with torch.no_grad():
         return interleave({"before": run_old, "after": run_new}, rounds=7, seconds=2.0, cuda=cuda)
+
+
+def _renamed(new: Sequence[fx.Node], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded values, also under the names of what took the place of their nodes.
+
+    A site may read what another site of the same pass has replaced.
+    """
+    found = dict(values)
+    for source in (s for n in new for s in n.all_input_nodes):
+        origin = source.meta.get("provenance")
+        if source.name not in found and origin is not None and origin.sources[0] in values:
+            found[source.name] = values[origin.sources[0]]
+    return found
 
 
 def _evaluate(nodes: Sequence[fx.Node], env: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from fxpress.judge import Judge
 from fxpress.pipeline import Pipeline, resolve_order
 from fxpress.regions import capture_model
 from fxpress.rewrite import Pass
+from fxpress.site_timing import time_sites
 from fxpress.testing import BITWISE, assert_equivalent
 from fxpress.timing import Timings, interleave
 
@@ -246,3 +247,19 @@ def test_progress_is_told_of_every_stage() -> None:
     )
     assert seen["profile"] == [(done, 4) for done in range(5)]
     assert seen["judge quality: 50 % pruned"] == [(0, 1), (1, 1)]
+
+
+def test_sites_that_read_each_other_are_timed() -> None:
+    """The second map's input is what the first map, its activation folded in, gave."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    config = {"factor-vvma": {"block": 32, "terms": 1}}
+    before, after = (
+        fxpress.optimize(model, [torch.randn(2, 64)] * 2, judge="off", config=settings).captured
+        for settings in ({}, config)
+    )
+    call: Call = ((torch.randn(2, 64),), {})
+    timed = time_sites(before, after, ["0", "2"], call)
+    assert {site: set(found.samples) for site, found in timed.items()} == {
+        "0": {"before", "after"},
+        "2": {"before", "after"},
+    }
