@@ -4,7 +4,9 @@
 
 Dense, vector-vector-matrix form of 1, 4 and 16 terms, and low rank at the bytes of 4 and 16 run in
 turn, so that each round sees the machine in one state; ratios are medians over rounds. A dense run
-in every round empties the caches: weights are read from memory. Writes results/cpu-linear.json.
+in every round empties the caches: weights are read from memory ("in turn"). Then each form runs by
+itself, so that weights which a cache holds stay there ("alone"), as in a model that fits it. Writes
+results/cpu-linear.json.
 """
 
 from __future__ import annotations
@@ -48,14 +50,24 @@ def forms(size: int, block: int, x: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 
 def measure(size: int, block: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds and speed-up of each form at one batch."""
+    """Milliseconds and speed-up of each form at one batch, in turn and alone."""
     calls = forms(size, block, torch.randn(batch, size))
     timings = interleave(calls, rounds=200, seconds=seconds)
+    each = seconds / len(calls)
+    alone = {
+        name: interleave({name: call}, rounds=200, seconds=each).median(name)
+        for name, call in calls.items()
+    }
     return {
         "batch": batch,
         "rounds": len(timings.samples["dense"]),
         "forms": {
-            name: {"ms": timings.median(name), "speedup": timings.speedup("dense", name)}
+            name: {
+                "ms": timings.median(name),
+                "speedup": timings.speedup("dense", name),
+                "alone_ms": alone[name],
+                "alone_speedup": alone["dense"] / alone[name],
+            }
             for name in calls
         },
     }
@@ -63,7 +75,10 @@ def measure(size: int, block: int, batch: int, seconds: float) -> dict[str, Any]
 
 def summary(row: dict[str, Any]) -> str:
     """One line for a person."""
-    cells = (f"{n} {f['ms']:.3f} ms {f['speedup']:.1f}x" for n, f in row["forms"].items())
+    cells = (
+        f"{n} {f['ms']:.3f} ms {f['speedup']:.1f}x, alone {f['alone_speedup']:.1f}x"
+        for n, f in row["forms"].items()
+    )
     return f"batch {row['batch']:4}: " + " | ".join(cells)
 
 
