@@ -11,6 +11,7 @@ Young 1936); weighting by H is as in ASVD and SVD-LLM.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from fxpress.errors import PlanError
 from fxpress.passes.vvma_fit import moment_matrix
 
 __all__ = ["LowRankFit", "fit_low_rank"]
+
+_AT_ONCE = 512  # rows of a weight that are held in float64
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,50 @@ class LowRankFit:
         return self.up @ self.down
 
 
-def _root(moment: Tensor | None, weight: Tensor) -> Tensor:
-    """W H^1/2."""
+def _root(moment: Tensor | None) -> Tensor | None:
+    """H^1/2, (n,) or, up to a rotation, (n, n)."""
     if moment is None:
-        return weight
+        return None
     if moment.dim() == 1:
-        return weight * moment.sqrt()
+        return moment.sqrt()
     values, vectors = torch.linalg.eigh(moment)
-    root: Tensor = vectors * values.clamp_min(0).sqrt()  # up to a rotation
-    return weight @ root
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
-def _range(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis (m, rank) of the leading left singular vectors, signs fixed."""
-    m, n = matrix.shape
+def _rows(weight: Tensor, root: Tensor | None) -> Iterator[Tensor]:
+    """Yield W H^1/2 in float64, some rows at a time: a copy of the whole is large."""
+    for part in weight.split(_AT_ONCE):
+        wide = part.double()
+        yield wide if root is None else wide * root if root.dim() == 1 else wide @ root
+
+
+def _range(weight: Tensor, root: Tensor | None, rank: int) -> Tensor:
+    """Orthonormal basis (m, rank) of the leading left singular vectors of W H^1/2, signs fixed."""
+    m, n = weight.shape
     if m <= n:
-        basis = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, m - rank :].flip(-1)
+        gram = torch.cat([_times_all(rows, weight, root) for rows in _rows(weight, root)])
+        basis = torch.linalg.eigh(gram).eigenvectors[:, m - rank :].flip(-1)
     else:
-        right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, n - rank :].flip(-1)
-        basis = torch.linalg.qr(matrix @ right).Q
+        gram = weight.new_zeros(n, n, dtype=torch.float64)
+        for rows in _rows(weight, root):
+            gram.addmm_(rows.mT, rows)
+        right = torch.linalg.eigh(gram).eigenvectors[:, n - rank :].flip(-1)
+        basis = torch.linalg.qr(torch.cat([rows @ right for rows in _rows(weight, root)])).Q
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return torch.where(largest < 0, -basis, basis)
+
+
+def _times_all(rows: Tensor, weight: Tensor, root: Tensor | None) -> Tensor:
+    return torch.cat([rows @ others.mT for others in _rows(weight, root)], 1)
+
+
+def _project(up: Tensor, weight: Tensor, root: Tensor | None) -> Tensor:
+    """Return up' W H^1/2, (rank, n)."""
+    found = up.new_zeros(up.shape[1], weight.shape[1])
+    for basis, rows in zip(up.split(_AT_ONCE), _rows(weight, root), strict=True):
+        found.addmm_(basis.mT, rows)
+    return found
 
 
 def fit_low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> LowRankFit:
@@ -83,11 +109,14 @@ def fit_low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None)
         raise PlanError("fit_low_rank: the weight is (m, n), floating and finite")
     if not 1 <= rank <= min(weight.shape):
         raise PlanError(f"fit_low_rank: rank is between 1 and {min(weight.shape)}, not {rank}")
-    wide = weight.detach().double()
-    root = _root(moment_matrix(second_moment, weight.shape[1]), wide)
-    up = _range(root, rank)
-    total = float(root.square().sum())
-    lost = float((root - up @ (up.mT @ root)).square().sum())
+    weight = weight.detach()
+    root = _root(moment_matrix(second_moment, weight.shape[1]))
+    up = _range(weight, root, rank)
+    kept = _project(up, weight, root)
+    lost = total = 0.0
+    for basis, rows in zip(up.split(_AT_ONCE), _rows(weight, root), strict=True):
+        total += float(rows.square().sum())
+        lost += float((rows - basis @ kept).square().sum())
     error = math.sqrt(lost / total) if total else 0.0
-    down = up.mT @ wide
+    down = _project(up, weight, None)
     return LowRankFit(down.to(weight.dtype).contiguous(), up.to(weight.dtype).contiguous(), error)

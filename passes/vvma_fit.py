@@ -36,6 +36,7 @@ from fxpress.errors import PlanError
 __all__ = ["VvmaFit", "fit_vvma", "moment_matrix"]
 
 _LANES_AT_ONCE = 8  # bounds what is held in float64
+_ROWS_AT_ONCE = 512  # likewise, of the weight
 _DAMPING = 1e-4  # of the mean diagonal: lanes that calibration hardly moved stay invertible
 
 
@@ -81,8 +82,9 @@ def _one_weight(weight: Tensor | Sequence[Tensor], share: str) -> Tensor:
     if len({w.shape[1] for w in weights}) > 1:
         widths = ", ".join(str(w.shape[1]) for w in weights)
         raise PlanError(f"fit_vvma: weights of a layer take one input, not {widths} features")
-    stacked = torch.cat(weights).detach()
-    if not stacked.is_floating_point() or not stacked.isfinite().all():
+    stacked = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()
+    # The extremes carry any NaN or Inf, and take no copy of the weight to find.
+    if not stacked.is_floating_point() or not torch.stack(stacked.aminmax()).isfinite().all():
         raise PlanError("fit_vvma: the weight is floating and finite")
     return stacked
 
@@ -167,15 +169,27 @@ def _in_turn(
     return torch.stack(cores), torch.stack(vectors)
 
 
-def _relative_error(weight: Tensor, fitted: Tensor, moment: Tensor | None) -> float:
-    def energy(matrix: Tensor) -> float:
-        if moment is None:
-            return float(matrix.square().sum())
-        weighted = matrix * moment if moment.dim() == 1 else matrix @ moment
-        return float((weighted * matrix).sum())
+def _energy(matrix: Tensor, moment: Tensor | None) -> float:
+    """tr(E H E')."""
+    if moment is None:
+        return float(matrix.square().sum())
+    weighted = matrix * moment if moment.dim() == 1 else matrix @ moment
+    return float(weighted.mul_(matrix).sum())
 
-    total = energy(weight.double())
-    return math.sqrt(max(energy(weight.double() - fitted.double()), 0.0) / total) if total else 0.0
+
+def _relative_error(weight: Tensor, fit: VvmaFit, moment: Tensor | None) -> float:
+    """RMS error over RMS, some output pieces at a time: float64 copies of a weight are large."""
+    block = fit.vectors.shape[-1]
+    pieces = max(_ROWS_AT_ONCE // block, 1)
+    lost = total = 0.0
+    for first in range(0, fit.vectors.shape[1], pieces):
+        these = slice(first, first + pieces)
+        rows = weight[first * block : (first + pieces) * block].double()
+        core = fit.core if fit.core.dim() == 3 else fit.core[these]
+        part = VvmaFit(core, fit.vectors[:, these], len(rows), fit.in_features, 0.0)
+        total += _energy(rows, moment)
+        lost += _energy(rows - part.to_dense().double(), moment)
+    return math.sqrt(max(lost, 0.0) / total) if total else 0.0
 
 
 def fit_vvma(
@@ -214,7 +228,8 @@ def fit_vvma(
     dense = _one_weight(weight, share)
     m, n = dense.shape
     moment = moment_matrix(second_moment, n)
-    padded = F.pad(dense, (0, -n % block, 0, -m % block))
+    missing = (0, -n % block, 0, -m % block)
+    padded = F.pad(dense, missing) if any(missing) else dense
     rowwise = share == "row"
     if moment is None or moment.dim() == 1:
         flat = dense.new_ones(n, dtype=torch.float64) if moment is None else moment
@@ -228,4 +243,4 @@ def fit_vvma(
     core = core.permute(1, 3, 2, 0).to(dense.dtype).contiguous()
     vectors = vectors.permute(2, 1, 3, 0).to(dense.dtype).contiguous()
     fit = VvmaFit(core if rowwise else core[0], vectors, m, n, 0.0)
-    return VvmaFit(fit.core, vectors, m, n, _relative_error(dense, fit.to_dense(), moment))
+    return VvmaFit(fit.core, vectors, m, n, _relative_error(dense, fit, moment))

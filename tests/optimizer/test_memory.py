@@ -1,0 +1,50 @@
+"""Optimizing takes little memory beside the model: weights are never copied whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# The first run, on a small model, loads what any run loads. `ru_maxrss` is in KiB on Linux.
+PEAK_OVER_MODEL = """
+import resource
+import torch
+import fxpress
+from fxpress import zoo
+from fxpress.zoo.registry import entry
+torch.set_num_threads(1)
+data = entry("wide").calibration(None, 4)
+config = {"factor-vvma": {"block": 64, "terms": 1}}
+
+def optimize(model):
+    return fxpress.optimize(model, data, config=config, max_divergence=2.0, judge="modelled")
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+optimize(zoo.create_model("wide", layers=1, hidden=64, vocabulary=64))
+model = zoo.create_model("wide", layers=3)
+size = sum(p.numel() * p.itemsize for p in model.parameters())
+with torch.no_grad():
+    model(data[0])
+before = peak()  # the model and the activations of a batch are in it
+optimized = optimize(model)
+assert len(optimized.passes["factor-vvma"].rewrites) == 7
+print(size, (peak() - before + size) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_the_peak_is_at_most_twice_the_model_and_a_little() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_OVER_MODEL],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    size, ratio = map(float, done.stdout.split())
+    assert size > 200e6
+    assert 1.0 <= ratio <= 2.2
