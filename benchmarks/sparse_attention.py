@@ -10,9 +10,10 @@ elements otherwise), and at least what it takes to move q, k, v and o once.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,10 +26,11 @@ from torch import Tensor
 from fxpress.kernels import MaskLayout, compile_mask
 from fxpress.kernels.sparse_attention import AttentionKernel, emit, launch
 from fxpress.ops import AttentionSite, layout_tiles, reference
+from fxpress.ops.mask_layout import unpack_bits
 
 __all__ = ["measure"]
 
-Prepared = Future[tuple[Tensor, MaskLayout]]
+Prepared = Future[MaskLayout]
 
 BYTES_PER_MS = 3.0e9
 TILES = ((64, 64), (64, 32), (128, 64), (128, 32), (128, 128), (64, 128))
@@ -65,32 +67,33 @@ ROWS = (
 
 
 def draw_blocks(row: Row) -> Tensor:
-    """Random 128 x 128 blocks and the diagonal, per head: (H, N / 128, N / 128)."""
+    """Random 128 x 128 blocks and the diagonal, per head: (H, N / 128, N / 128) on CPU."""
     generator = torch.Generator().manual_seed(1)
     count = row.length // 128
     blocks = torch.rand(row.heads, count, count, generator=generator) < row.density
     return blocks | torch.eye(count, dtype=torch.bool)
 
 
-def draw_elements(row: Row) -> Tensor:
+def draw_elements(row: Row, device: str) -> Tensor:
     """A band, four first columns and scattered columns, per head: (H, N, N)."""
     generator = torch.Generator().manual_seed(1)
-    i, j = torch.arange(row.length)[:, None], torch.arange(row.length)[None]
+    at = torch.arange(row.length, device=device)
+    i, j = at[:, None], at[None]
     masks = []
     for _ in range(row.heads):
         share = 0.3 + 0.9 * torch.rand(1, generator=generator).item()
         mask = ((i - j).abs() < int(row.length * row.density * share)) | (j < 4)
         scattered = torch.randperm(row.length, generator=generator)
-        mask[:, scattered[: int(row.length * row.density * 0.3)]] = True
+        mask[:, scattered.to(device)[: int(row.length * row.density * 0.3)]] = True
         masks.append((mask & (i >= j) if row.causal else mask) | (i == j))
     return torch.stack(masks)
 
 
-def draw(row: Row) -> Tensor:
-    """The element mask (H, N, N) of a row, bool on CPU."""
+def draw(row: Row, device: str = "cpu") -> Tensor:
+    """The element mask (H, N, N) of a row, bool."""
     if row.kind == "elements":
-        return draw_elements(row)
-    return draw_blocks(row).repeat_interleave(128, 1).repeat_interleave(128, 2)
+        return draw_elements(row, device)
+    return draw_blocks(row).to(device).repeat_interleave(128, 1).repeat_interleave(128, 2)
 
 
 # --- timing ---------------------------------------------------------------------------------
@@ -129,34 +132,51 @@ def dense_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return results
 
 
-def flex_peers(row: Row, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+def block_mask(layout: MaskLayout, device: torch.device, block: int, keep: Any) -> Any:
+    """FlexAttention's mask of the tiles of a layout; `create_block_mask` compiles for seconds."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    heads, queries, keys = layout.shape
+    shape = (1, heads, queries // block, keys // block)
+    kept = torch.empty(shape, dtype=torch.int32, device=device)
+    bits, index = (tensor.to(device) for tensor in layout.tensors[:2])
+    for head in range(heads):
+        cells = unpack_bits(bits[index[head]], keys).view(shape[2], block, shape[3], block)
+        kept[0, head] = cells.sum((1, 3), dtype=torch.int32)
+    full = kept == block * block
+
+    def listed(which: Tensor) -> tuple[Tensor, Tensor]:
+        order = which.int().argsort(dim=-1, descending=True, stable=True)
+        return which.sum(-1, dtype=torch.int32), order.int()
+
+    tiles = (*listed((kept > 0) & ~full), *listed(full))
+    return BlockMask.from_kv_blocks(*tiles, block, keep, (queries, keys))
+
+
+def flex_peers(row: Row, layout: MaskLayout, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """FlexAttention, given the same blocks; element masks as bytes and as bits, at two sizes."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()  # else shapes turn dynamic, and slower
     flex = torch.compile(flex_attention, dynamic=False)
-    dense = mask.to(q.device)
-    packed, heads = compile_mask(mask).tensors[:2]
+    packed, heads = layout.tensors[:2]
     bits = packed[heads]
-    blocks = draw_blocks(row).to(q.device) if row.kind == "blocks" else dense
+    cells = draw_blocks(row).to(q.device) if row.kind == "blocks" else draw(row, str(q.device))
 
     def by_block(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return blocks[h, i // 128, j // 128]
+        return cells[h, i // 128, j // 128]
 
     def by_byte(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return dense[h, i, j]
+        return cells[h, i, j]
 
     def by_bit(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (bits[h, i, j // 8] >> (j % 8)) & 1 != 0
 
     def run(keep: Any, block: int) -> dict[str, Any]:
-        where = str(q.device)
         options: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if block == 64 else None
-        block_mask = create_block_mask(
-            keep, 1, row.heads, row.length, row.length, where, BLOCK_SIZE=block, _compile=True
-        )
-        call = partial(flex, q, k, v, block_mask=block_mask, kernel_options=options)
-        return timed(call) | {"block_density": 1 - block_mask.sparsity() / 100}
+        mask = block_mask(layout, q.device, block, keep)
+        call = partial(flex, q, k, v, block_mask=mask, kernel_options=options)
+        return timed(call) | {"block_density": 1 - mask.sparsity() / 100}
 
     if row.kind == "blocks":
         return {"flex_128": attempt(partial(run, by_block, 128))}
@@ -233,16 +253,15 @@ def error_against_reference(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: 
     """Relative RMS error of one batch element, two heads, rows throughout."""
     heads = slice(0, 2)
     rows = torch.arange(0, q.shape[2], max(1, q.shape[2] // 1024), device=q.device)
-    kept = mask[heads][:, rows.cpu()].to(q.device)
+    kept = mask[heads][:, rows]
     want = reference(q[:1, heads, rows], k[:1, heads], v[:1, heads], kept).float()
     got = out[:1, heads, rows].float()
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def prepare(row: Row) -> tuple[Tensor, MaskLayout]:
-    """The mask of a row, and its layout: work of the CPU, done while the GPU measures others."""
-    mask = draw(row)
-    return mask, compile_mask(mask, device="cpu", form="tiles", head_dim=row.width)
+def prepare(row: Row) -> MaskLayout:
+    """The layout of a row's mask: work of the CPU, in another process while the GPU measures."""
+    return compile_mask(draw(row), device="cpu", form="tiles", head_dim=row.width)
 
 
 def measure_row(row: Row, prepared: Prepared, deadline: float, *, tuning: bool) -> dict[str, Any]:
@@ -251,16 +270,15 @@ def measure_row(row: Row, prepared: Prepared, deadline: float, *, tuning: bool) 
     shape = (row.batch, row.heads, row.length, row.width)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     scale = row.width**-0.5
-    mask, layout = prepared.result()
-    layout = layout.to("cuda")
+    layout = prepared.result().to("cuda")
     default = Candidate.of(layout, q, k, v)
     run = default.runner(q, k, v, scale)
-    error = error_against_reference(run(), q, k, v, mask)
+    error = error_against_reference(run(), q, k, v, draw(row, "cuda"))
     if error > 0.02:
         raise AssertionError(f"{row}: relative error {error:.3g} against the reference")
     peers = dense_peers(q, k, v)
     ours = timed(run, 200) | default.describe() | {"relative_error": error}
-    peers |= flex_peers(row, mask, q, k, v)
+    peers |= flex_peers(row, layout, q, k, v)
     density = layout.tile_density if row.kind == "blocks" else layout.live_density
     traffic = 4 * q.numel() * q.element_size() / BYTES_PER_MS
     dense = peers["cudnn"].get("ms") or peers["flash"]["ms"]
@@ -271,7 +289,7 @@ def measure_row(row: Row, prepared: Prepared, deadline: float, *, tuning: bool) 
         "peers": peers,
     }
     if tuning:
-        result["tuned"] = tune(mask, q, k, v, scale, deadline)
+        result["tuned"] = tune(draw(row), q, k, v, scale, deadline)
     return result
 
 
@@ -279,7 +297,8 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
     """Measure all rows within about `seconds`; what no time was left for is named."""
     end = time.monotonic() + seconds
     done: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(2) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(4, mp_context=spawn) as pool:
         prepared = [pool.submit(prepare, row) for row in ROWS]
         for index, row in enumerate(ROWS):
             left = end - time.monotonic()
@@ -287,7 +306,7 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:
                 pool.shutdown(cancel_futures=True)
                 break
             share = time.monotonic() + left / (len(ROWS) - index)
-            # Popped, since masks of long sequences take gigabytes.
+            # Popped, since those of long sequences are large.
             result = attempt(partial(measure_row, row, prepared.pop(0), share, tuning=tuning))
             done.append(result | {"row": row.__dict__})
             print(summary(done[-1]), flush=True)

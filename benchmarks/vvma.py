@@ -187,24 +187,23 @@ def ours(row: Row, weights: Factors, x: Tensor) -> dict[str, Any]:
     return chain([_apply(vvma_linear, *pair) for pair in weights], x) | facts
 
 
-def candidates(one: VvmaKernel, batch: int) -> Iterator[VvmaKernel]:
-    """Launch options around those that the table gives, and the other number of stages."""
-    sums = sums_of(one, batch)
-    if one.terms <= 4:
-        yield one
-        yield replace(one, prefetch="lines")
-        yield replace(one, group=1, width=16, warps=2)
-    yield sums
-    for rows, width, warps in ((1, 16, 2), (1, 64, 2), (2, 64, 2), (8, 64, 2), (1, 128, 8)):
-        changed = replace(sums, rows=min(rows, batch), width=min(width, one.tiles[1]), warps=warps)
-        if changed != sums:
-            yield changed
+def candidates(at: VvmaSite) -> Iterator[VvmaKernel]:
+    """The kernel that the table gives, and launch options around it."""
+    yield kernel_of(at, overlap=True)
+    one, sums = whole_of(at, overlap=True), sums_of(at, overlap=True)
+    options = ((1, 64, 1), (2, 16, 1), (2, 16, 2), (4, 8, 2), (8, 8, 2), (4, 4, 1))
+    for rows, width, warps in options:
+        changes: dict[str, Any] = {"width": min(width, at.tiles[1]), "warps": warps}
+        if rows <= at.batch:
+            yield replace(sums, rows=rows, **changes)
+            if at.terms <= 4:
+                yield replace(one, rows=rows, **changes)
 
 
 def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[str, Any]]:
     """Time candidates until the deadline, fastest first in the result."""
     results: list[dict[str, Any]] = []
-    for spec in candidates(whole_of(site(row, weights), overlap=True), row.batch):
+    for spec in candidates(site(row, weights)):
         if time.monotonic() > deadline:
             break
         function = emit(spec).load().kernel
@@ -215,7 +214,7 @@ def tune(row: Row, weights: Factors, x: Tensor, deadline: float) -> list[dict[st
             return launch(run, s, x, core, vectors, None)
 
         chained = partial(chain, [_apply(layer, *pair) for pair in weights], x)
-        kept = ("stage", "group", "rows", "width", "warps", "prefetch")
+        kept = ("stage", "group", "rows", "width", "warps", "overlap")
         results.append(attempt(chained) | {"kernel": {k: getattr(spec, k) for k in kept}})
     return sorted(results, key=lambda result: float(result.get("us", 1e9)))
 

@@ -2,13 +2,15 @@
 
     y_i = act(sum_t M_t z_ti + b_i),    z_ti = sum_j v_tij * x_j
 
-At small batch the call is as fast as its vectors are read, and a launch costs as much as reading
-3 MB. Few terms and little to read again for each row: one kernel, a program per output piece and
-row, keeps z on chip. Otherwise a kernel stores z, a program per piece and term, so that all
-multiprocessors read, and the library's matrix product multiplies by all cores at once.
+At small batch the call is as fast as x and vectors are read, most of it from the L2 cache, and a
+launch costs as much as reading 3 MB. Few terms and little to read again: one kernel, a program per
+output piece and a few rows, keeps z on chip. Otherwise a kernel stores z, a program per piece, term
+and a few rows, so that all multiprocessors read, and the library's matrix product multiplies by all
+cores at once.
 
-A program asks for all it reads at once and sums what terms or pieces it has as one tile: x, vectors
-and core have one layout, and nothing moves between threads but sums. From compute capability 9.0 on
+A program sums one tile of input pieces, rows, terms and lanes. Input pieces come first and lanes
+last: so that x, which has no terms, and vectors, which have no rows, are read in one layout, and
+nothing moves between threads but sums. From compute capability 9.0 on
 a kernel is launched while the one before it still runs (programmatic dependent launch): until it
 has to wait for that one's results, it only prefetches its weights into the L2 cache, which is safe
 even if they are being written.
@@ -42,17 +44,16 @@ __all__ = [
 ]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_LINE = 128  # bytes of a cache line
 
-# Prefetches into the L2 cache: all that follows an address, by the threads that are first, or the
-# line of each address. They have a result because all that is computed has one.
-_BULK = (
+# Prefetches all that follows an address into the L2 cache, by the threads that are first. It has a
+# result because all that is computed has one.
+_PREFETCH = (
     "{{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; "
     "setp.lt.u32 first, thread, {threads}; "
     "@first cp.async.bulk.prefetch.L2.global [$1], {bytes}; mov.u32 $0, 0; }}"
 )
-_EACH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-_TILE = 8192  # elements of one operand that a program sums at a time
+_TILE = 8192  # elements of one operand that a program of one row holds at a time
+_WRITTEN_OUT = 2**14  # bytes of a row up to which the loop over it is, so that reads overlap
 _REREAD = 2**25  # bytes that one kernel may read from the L2 cache, row by row
 
 _ACTIVATIONS = {
@@ -80,11 +81,10 @@ class VvmaKernel:
         shared: whether the cores are shared by all output pieces.
         bias: whether there is one.
         activation: its name, or None.
-        group: terms at a time; in "sums" output pieces of a program, counted over all terms.
-        rows: rows of x that a program serves, one in "whole".
+        group: terms at a time, one in "sums".
+        rows: rows of x that a program serves.
         width: input tiles read at a time.
         overlap: whether the launch overlaps with the kernel before it.
-        prefetch: what an overlapping launch does meanwhile: "bulk", "lines" or "none".
         warps: warps of a program.
         stages: stages of the software pipeline.
     """
@@ -102,7 +102,6 @@ class VvmaKernel:
     rows: int = 1
     width: int = 64
     overlap: bool = False
-    prefetch: str = "bulk"
     warps: int = 4
     stages: int = 3
 
@@ -125,23 +124,33 @@ def kernel_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
     """The kernel that serves a site, or the first of its two stages."""
     (p, q), k, r = site.tiles, site.block, site.terms
     one = whole_of(site, overlap=overlap)
-    read = site.batch * r * p * (q + k) * k * site.dtype.itemsize
-    few = r <= 2 or (r <= 4 and site.batch == 1)
+    read = -(-site.batch // one.rows) * r * p * (q + k) * k * site.dtype.itemsize
+    few = r <= 2 or (r <= 4 and (site.batch == 1 or q * k <= 2048))
     if not site.shared or (few and k <= 128 and read <= _REREAD):
         return one
-    return sums_of(one, site.batch)
+    return sums_of(site, overlap=overlap)
+
+
+def _width(site: VvmaSite, lanes: int) -> int:
+    """Input pieces of a tile of so many lanes."""
+    return max(1, min(_power_of_two(site.tiles[1]), lanes // site.block))
 
 
 def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
-    """One kernel that serves a site."""
-    q, k, r = site.tiles[1], site.block, site.terms
-    width = min(_power_of_two(q), _TILE // k)
-    if site.batch > 1 or r > 2:
-        # More programs at a time hide what each waits for: 32 pieces for the terms of a row, or 16.
-        most = 16 if site.batch > 1 else 32 if q * k <= _TILE // 2 else width
-        width = min(width, most)
-    terms = _group(r, 2 if r > 2 else 1)
-    narrow = site.dtype == torch.float32 or (site.batch == 1 and r <= 2)
+    """One kernel that serves a site, with the options that were fastest on an H100."""
+    (p, q), k, r, size = site.tiles, site.block, site.terms, site.dtype.itemsize
+    rows = 1 if r == 1 and site.batch * p <= 128 else 4 if site.batch > 16 else 2
+    # Registers hold four cores of 64 lanes at 2 bytes, and sums of 8 rows and terms.
+    group, warps = _group(r, 4 if k <= 64 and size < 4 else 1), _warps(k * k, 64)
+    rows = min(rows, 8 // group, _power_of_two(site.batch))
+    if site.batch == 1 and (r <= 2 or q * k > 4096):
+        lanes, group = _TILE, _group(r, 2 if r > 2 else 1)
+        held = group * k * max(_width(site, lanes), k)
+        warps = _warps(held, 32 if r <= 2 or size == 4 else 64)
+    elif r > 1 or rows > 2 or size == 4:
+        lanes = 256 * warps
+    else:
+        lanes = (512 if q * k <= 4096 else 1024) * warps
     return VvmaKernel(
         stage="whole",
         dtype=_DTYPES[site.dtype],
@@ -152,26 +161,32 @@ def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
         shared=site.shared,
         bias=site.bias,
         activation=site.activation,
-        group=terms,
-        width=width,
+        group=group,
+        rows=rows,
+        width=_width(site, lanes),
         overlap=overlap,
-        warps=_warps(terms * max(width, k) * k, 32 if narrow else 64),
+        warps=warps,
     )
 
 
-def sums_of(one: VvmaKernel, batch: int) -> VvmaKernel:
-    """The kernel of the first stage of what `one` does: what was fastest on an H100."""
-    (p, q), k, r = one.tiles, one.block, one.terms
-    few = batch == 1 and q <= 64
-    width = min(_power_of_two(q), 16 if few else _TILE // 2 // k)
-    rows = 1 if batch == 1 else 2 if r * p < 1024 else 8
+def sums_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
+    """The kernel of the first of two stages, with the options that were fastest on an H100."""
+    (p, q), batch = site.tiles, site.batch
+    if batch == 1:  # an early launch took from the reads of the kernel before
+        rows, lanes, warps, overlap = 1, 4096 if q * site.block <= 4096 else 2048, 1, False
+    elif batch > 16:
+        rows, lanes, warps = 4, 256, 1
+    elif site.terms * p <= 256:
+        rows, lanes, warps = 2, 1024, 1
+    else:
+        rows, lanes, warps = 8, 512, 2
     return replace(
-        one,
+        whole_of(site, overlap=overlap),
         stage="sums",
         group=1,
-        rows=rows,
-        width=width,
-        warps=4 if batch == 1 and not few else 2,
+        rows=min(rows, _power_of_two(batch)),
+        width=_width(site, lanes),
+        warps=warps,
     )
 
 
@@ -221,17 +236,10 @@ def _wait(s: VvmaKernel, weights: dict[str, int]) -> list[str]:
         return []
     size = getattr(torch, s.dtype).itemsize
     lines = ["cuda.gdc_launch_dependents()"]
-    for at, elements in weights.items() if s.prefetch != "none" else ():
-        if s.prefetch == "bulk":
-            asm, to = _BULK.format(threads=s.group, bytes=elements * size), at
-        else:
-            count = max(1, elements * size // _LINE)
-            line = f"tl.arange(0, {_power_of_two(count)})"
-            if count & (count - 1):
-                line = f"tl.minimum({line}, {count - 1})"
-            asm, to = _EACH, f"{at} + {line} * {_LINE // size}"
+    for at, elements in weights.items():
+        asm = _PREFETCH.format(threads=s.group, bytes=elements * size)
         lines += [
-            f"weights = ({to}).to(tl.int64)",
+            f"weights = ({at}).to(tl.int64)",
             f'tl.inline_asm_elementwise("{asm}", "=r,l", [weights], tl.int32, False, 1)',
         ]
     return [*lines, "cuda.gdc_wait()"]
@@ -258,94 +266,127 @@ def _bias(s: VvmaKernel, at: str) -> list[str]:
     return [f"bias = {_load(f'BIAS + {at}', guards)}"] * s.bias
 
 
-def _sums(s: VvmaKernel, v_at: str) -> tuple[list[str], list[str]]:
-    """Lines that read what all rows share, if it fits in registers, and lines that make z."""
+def _flat(s: VvmaKernel) -> bool:
+    """Whether a program sums one term of one row: its tile has input pieces and lanes alone."""
+    return s.rows == 1 and s.group == 1
+
+
+def _axes(s: VvmaKernel) -> str:
+    """Names of the axes of the tile: input pieces j, rows b, terms t, lanes c."""
+    return "jc" if _flat(s) else "jbtc" if s.group > 1 else "jbc"
+
+
+def _along(s: VvmaKernel, name: str) -> str:
+    """The index that lays a vector along an axis of the tile."""
+    return f"{name}[{', '.join(':' if axis == name else 'None' for axis in _axes(s))}]"
+
+
+def _sums(s: VvmaKernel, v_at: str) -> list[str]:
+    """Lines that make z, (lanes), (rows, lanes) or (rows, terms, lanes)."""
     q, n = s.tiles[1], s.features[1]
     once = q <= s.width
     offset = "" if once else f" + start * {s.block}"
-    j = "j[:, None]" if once else "start + j[:, None]"
+    j = _along(s, "j") if once else f"start + {_along(s, 'j')}"
     padded = -(-q // s.width) * s.width * s.block
     v = _load(f"{v_at}{offset}", [f"{j} < {q}"] if q % s.width else [])
     x = _load(f"x_at{offset}", [f"at{offset} < {n}"] if n < padded else [])
-    axis = 1 if s.group > 1 else 0
     if once:
-        return [f"v = {v}"], [f"x = {x}", f"z = tl.sum(v * x, {axis})"]
-    shape = [s.group] * (s.group > 1) + [s.width, s.block]
-    return [], [
-        f"z = tl.zeros({tuple(shape)}, tl.float32)",
-        f"for start in range(0, {q}, {s.width}):",
+        return [f"z = tl.sum({v} * {x}, 0)"]
+    sizes = {"j": s.width, "b": s.rows, "t": s.group, "c": s.block}
+    shape = ", ".join(str(sizes[axis]) for axis in _axes(s))
+    # Written out in a loop over terms, reads of x move out of it: more than registers hold.
+    alone = s.stage == "sums" or s.group == s.terms
+    short = q * s.block * getattr(torch, s.dtype).itemsize <= _WRITTEN_OUT
+    loop = "tl.static_range" if alone and short else "range"
+    return [
+        f"z = tl.zeros(({shape}), tl.float32)",
+        f"for start in {loop}(0, {q}, {s.width}):",
         f"    z += {v} * {x}",
-        f"z = tl.sum(z, {axis})",
+        "z = tl.sum(z, 0)",
     ]
 
 
 def _tile(s: VvmaKernel) -> list[str]:
-    """Lanes c of input pieces j; in front of them an axis of terms, or of output pieces."""
-    axis = [f"t = tl.arange(0, {s.group})[:, None, None]"] if s.group > 1 else []
+    """Where the tile is in x, which row or rows it has."""
+    b, terms = "tl.program_id(1)", [f"t = tl.arange(0, {s.group})"] * (s.group > 1)
+    if not _flat(s):
+        # Past the last row a program repeats it: the same results are stored twice.
+        b = f"tl.minimum({b} * {s.rows} + tl.arange(0, {s.rows}), batch - 1)"
     return [
+        f"b = {b}",
         f"j = tl.arange(0, {s.width})",
+        *terms,
         f"c = tl.arange(0, {s.block})",
-        *axis,
-        f"at = j[:, None] * {s.block} + c[None, :]",
+        f"at = {_along(s, 'j')} * {s.block} + {_along(s, 'c')}",
+        f"x_at = X + {'b' if _flat(s) else _along(s, 'b')} * x_row + at",
+    ]
+
+
+def _multiply(s: VvmaKernel, step: str) -> list[str]:
+    """Lines that add the terms of a step to y, (lanes) or (rows, lanes)."""
+    core, v_at = f"m_at{step and ' + step * core_term'}", f"v_at{step}"
+    if _flat(s):
+        return [f"m = {_load(core, [])}", *_sums(s, v_at), "y += tl.sum(m * z[None, :], 1)"]
+    terms = f".reshape({s.rows}, {s.group * s.block})" if s.group > 1 else ""
+    exact = ', input_precision="tf32x3"' if s.dtype == "float32" else ""
+    return [
+        *_sums(s, v_at),
+        f"z = z.to(tl.{s.dtype}){terms}",
+        f"y = tl.dot(z, tl.load({core}).T, y{exact})",
     ]
 
 
 def _whole(s: VvmaKernel) -> list[str]:
     (p, q), k, (m, _n), r = s.tiles, s.block, s.features, s.terms
-    piece, many, steps = q * k, s.group > 1, s.group < r
-    core = "CORE" if s.shared else "CORE + i * core_piece"
-    v_at, m_at = f"VECTORS + i * {piece}", core
+    piece, many = q * k, s.group > 1
+    first = "CORE" if s.shared else "CORE + i * core_piece"
+    v_at, lanes, of_core = f"VECTORS + i * {piece}", [], "c"
     if many:
-        v_at, m_at = f"{v_at} + t * {p * piece}", f"{m_at} + t * core_term"
-    shared, sums = _sums(s, f"v_at + step * {p * piece}" if steps else "v_at")
-    term = [
-        f"m = tl.load(m_at{' + step * core_term' if steps else ''}).to(tl.float32)",
-        *shared,
-        *sums,
-        "y += tl.sum(tl.sum(m * z[:, None, :], 2), 0)"
-        if many
-        else "y += tl.sum(m * z[None, :], 1)",
-    ]
+        v_at, of_core = (
+            f"{v_at} + {_along(s, 't')} * {p * piece}",
+            f"(tc // {k} * core_term + tc % {k})",
+        )
+        lanes = [f"tc = tl.arange(0, {s.group * k})"]
+    term = _multiply(s, f" + step * {p * piece}" if s.group < r else "")
+    if s.group < r:
+        # One stage: the terms of a step are as much as registers hold.
+        steps = f"range(0, {r})" if _flat(s) else f"tl.range(0, {r}, {s.group}, num_stages=1)"
+        term = [f"for step in {steps}:", *_indent(term)]
     guards = [f"i * {k} + a < {m}"] if m < p * k else []
+    prefetched = {f"VECTORS + i * {piece}{f' + t * {p * piece}' * many}": piece}
+    prefetched[f"{first}{' + t * core_term' * many}"] = k * k
     return [
-        "# One program: one output piece of one row.",
-        "b = tl.program_id(0)",
-        "i = tl.program_id(1)",
+        f"# One program: one output piece of {'one row' if _flat(s) else 'some rows'}.",
+        "i = tl.program_id(0)",
         *_tile(s),
         f"a = tl.arange(0, {k})",
-        "x_at = X + b * x_row + at",
+        *lanes,
         f"v_at = {v_at} + at",
-        f"m_at = {m_at} + a[:, None] * core_row + c[None, :]",
-        *_wait(s, {v_at: piece, m_at: k * k}),
-        f"y = tl.zeros(({k},), tl.float32)",
-        *([f"for step in range(0, {r}, {s.group}):", *_indent(term)] if steps else term),
+        f"m_at = {first} + a[:, None] * core_row + {of_core}[None, :]",
+        *_wait(s, prefetched),
+        f"y = tl.zeros({(k,) if _flat(s) else (s.rows, k)}, tl.float32)",
+        *term,
         *_bias(s, f"i * {k} + a"),
         *_finish(s, "y"),
-        _store(s, f"Y + b * {m} + i * {k} + a", "y", guards),
+        _store(s, f"Y + {_row(s)} * {m} + i * {k} + a", "y", guards),
     ]
+
+
+def _row(s: VvmaKernel) -> str:
+    return "b" if _flat(s) else "b[:, None]"
 
 
 def _sums_alone(s: VvmaKernel) -> list[str]:
-    (p, q), k, r, many = s.tiles, s.block, s.terms, s.group > 1
-    shared, sums = _sums(s, "v_at")
-    lines = [
-        "# One program: some output pieces, counted over all terms, of some rows.",
-        f"first = tl.program_id(0) * {s.group}",
-        *_tile(s),
-        f"v_at = VECTORS + first * {q * k} + {f't * {q * k} + ' * many}at",
-        f"ti = first + tl.arange(0, {s.group})[:, None]" if many else "ti = first",
-        f"z_at = Z + (ti % {p} * {r} + ti // {p}) * {k} + {'c[None, :]' if many else 'c'}",
-        *_wait(s, {f"VECTORS + first * {q * k}": s.group * q * k}),
-        *shared,
-    ]
-    row = ["x_at = X + b * x_row + at", *sums, _store(s, f"z_at + b * {p * r * k}", "z", [])]
-    if s.rows == 1:
-        return [*lines, "b = tl.program_id(1)", *row]
+    (p, q), k, r = s.tiles, s.block, s.terms
     return [
-        *lines,
-        f"start_row = tl.program_id(1) * {s.rows}",
-        f"for b in range(start_row, tl.minimum(start_row + {s.rows}, batch)):",
-        *_indent(row),
+        f"# One program: one term of one output piece of {'one row' if _flat(s) else 'some rows'}.",
+        "ti = tl.program_id(0)",
+        *_tile(s),
+        f"v_at = VECTORS + ti * {q * k} + at",
+        *_wait(s, {f"VECTORS + ti * {q * k}": q * k}),
+        *_sums(s, "v_at"),
+        f"z_at = Z + (ti % {p} * {r} + ti // {p}) * {k} + c",
+        _store(s, f"z_at + {_row(s)} * {p * r * k}", "z", []),
     ]
 
 
@@ -367,10 +408,8 @@ def emit(s: VvmaKernel) -> KernelSource:
 
 
 def _grid(s: VvmaKernel, batch: int) -> tuple[int, int]:
-    p = s.tiles[0]
-    if s.stage == "sums":
-        return (p * s.terms // s.group, -(-batch // s.rows))
-    return (batch, p)
+    pieces = s.tiles[0] * (s.terms if s.stage == "sums" else 1)
+    return (pieces, -(-batch // s.rows))
 
 
 def launch(

@@ -143,10 +143,11 @@ def test_x_may_be_strided() -> None:
 def test_options_change_no_result(terms: int) -> None:
     core, vectors = weights(terms)
     x = torch.randn(5, 1024, device="cuda").half()
-    one = whole_of(VvmaSite.of(x, core, vectors, None, None, 1024))
-    ways = [replace(one, group=2, width=8, warps=2), one]
-    for group, rows, width in ((1, 1, 16), (2, 4, 8), (4, 8, 16)):
-        ways.append(replace(sums_of(one, 5), group=group, rows=rows, width=width))
+    site = VvmaSite.of(x, core, vectors, None, None, 1024)
+    ways = [whole_of(site, overlap=True), sums_of(site, overlap=True)]
+    for group, rows, width in ((1, 1, 16), (2, 1, 8), (4, 2, 8), (1, 4, 8)):
+        ways.append(replace(ways[0], group=group, rows=rows, width=width))
+        ways.append(replace(ways[1], rows=rows, width=width))
     for kernel in ways:
         function = emit(kernel).load().kernel
 

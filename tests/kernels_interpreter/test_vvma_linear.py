@@ -45,10 +45,11 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
 def test_options_change_no_result(terms: int) -> None:
     core, vectors = torch.randn(terms, 16, 16), torch.randn(terms, 4, 8, 16)
     x = torch.randn(5, 128)
-    one = whole_of(VvmaSite.of(x, core, vectors, None, None, 64))
-    ways = [one, replace(one, group=2, width=4)]
-    for group, rows, width in ((1, 1, 8), (2, 4, 4), (4, 8, 8)):
-        ways.append(replace(sums_of(one, 5), group=group, rows=rows, width=width))
+    site = VvmaSite.of(x, core, vectors, None, None, 64)
+    ways = [whole_of(site), sums_of(site)]
+    for group, rows, width in ((1, 1, 8), (2, 1, 4), (4, 2, 4), (1, 4, 2), (2, 8, 8)):
+        ways.append(replace(ways[0], group=group, rows=rows, width=width))
+        ways.append(replace(ways[1], rows=rows, width=width))
     for kernel in ways:
         function = emit(kernel).load().kernel
 
