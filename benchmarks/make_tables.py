@@ -46,6 +46,18 @@ what a form loses in quality is another matter.
 |---|---|---|---|---|---|---|---|---|
 """
 
+PREFILL = """
+### Prefill of a whole model, bf16, batch 1
+
+A Llama-like decoder of the shape of SmolLM2-135M with drawn weights, each form as one CUDA graph,
+none compiled further, all logits computed. As the user has it: transformers with `sdpa`. Dense:
+`optimize` without pruning, its best dense form. Pruned: a window and the first columns, 80 % of
+the causal cells dropped, `judge="off"`. `benchmarks/prefill.py`.
+
+| tokens | tiles computed | as the user has it | dense | pruned | over the user's | over dense |
+|---|---|---|---|---|---|---|
+"""
+
 
 CPU = """
 ## CPU, one thread, float32
@@ -107,6 +119,18 @@ def factored_line(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def prefill_line(result: dict[str, Any]) -> str:
+    """One line of the table of whole models."""
+    if "error" in result:
+        return f"| {result['length']:,} | {result['error']} | | | | | |"
+    times = [result[form].get("ms") for form in ("original", "dense", "pruned")]
+    cells = [f"{result['length']:,}", f"{result['tile_density']:.3f}"]
+    cells += ["–" if time is None else f"{time:.1f}" for time in times]
+    ours = times.pop()
+    cells += ["–" if None in (time, ours) else f"{time / ours:.2f}x" for time in times]
+    return "| " + " | ".join(cells) + " |"
+
+
 def section(results: dict[str, Any]) -> str:
     """Everything measured on one device."""
     facts = results["environment"]
@@ -127,6 +151,8 @@ def section(results: dict[str, Any]) -> str:
     text += FACTORED + "\n".join(lines) + "\n" if lines else ""
     if factored.get("not_measured"):
         text += f"\n{len(factored['not_measured'])} rows were not measured: no time left.\n"
+    lines = [prefill_line(result) for result in results.get("prefill", {}).get("rows", [])]
+    text += PREFILL + "\n".join(lines) + "\n" if lines else ""
     return text
 
 
