@@ -162,7 +162,7 @@ def _outcome(run: Run, kind: type[PlannedPass], site: str) -> dict[str, Any]:
     }
     record = run.records.get(kind.name)
     if record is None:
-        return {"status": "left as it was", "reason": ""}
+        return {"status": "left as it was", "reason": "the pass did not run"}
     if site in record.ledger:
         return {"status": "rewritten", "reason": "", **record.ledger[site], **figures}
     rolled = {r.site: r.reason for r in record.rolled_back}
@@ -174,7 +174,10 @@ def _outcome(run: Run, kind: type[PlannedPass], site: str) -> dict[str, Any]:
     ):
         if where in reasons:
             return {"status": status, "reason": reasons[where], **figures}
-    return {"status": "left as it was", "reason": "", **figures}
+    reason = "nothing was proposed for it"
+    if kind.name in run.plan.decisions:
+        reason = "the strongest proposal within the budget leaves it as it is"
+    return {"status": "left as it was", "reason": reason, **figures}
 
 
 def _device_name(device: torch.device) -> str:

@@ -183,13 +183,29 @@ class Report:
         environment.filters["percent"] = _percent
         environment.filters["curve"] = _curve
         pictures = {s: _heatmap(m) for s, m in list(self.masks.items())[:_HEATMAP_SITES]}
-        page = environment.from_string(template).render(
-            pictures=pictures, text=str(self), more=len(self.masks) - len(pictures), **self.facts
-        )
+        touched, left = _apart(self.facts["sites"])
+        facts = {**self.facts, "sites": touched, "left": left, "pictures": pictures}
+        more = len(self.masks) - len(pictures)
+        page = environment.from_string(template).render(facts, text=str(self), more=more)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         return path
+
+
+def _apart(
+    sites: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str, str], list[str]]]:
+    """Sites that were rewritten or timed, and names of the others by kind, status and reason."""
+    touched: list[dict[str, Any]] = []
+    left: dict[tuple[str, str, str], list[str]] = {}
+    for site in sites:
+        if site["status"] == "rewritten" or site.get("ms_after") is not None:
+            touched.append(site)
+        else:
+            key = (site["kind"], site["status"], site["reason"])
+            left.setdefault(key, []).append(site["site"])
+    return touched, left
 
 
 def _is_number(value: Any) -> bool:
