@@ -124,6 +124,7 @@ class _Attention:
         q, k, v = (four(graph, operand, layout, dtype) for operand in operands)
         program.refresh()
         q, k, v = same_batch(graph, q, k, v)
+        program.refresh()
         q, k = scores.stretched(program, layout, q, k)
         mask = scores.mask(program, layout, dtype)
         program.refresh()
@@ -242,8 +243,6 @@ def _softmax_behind(
 ) -> tuple[Softmax, tuple[int, ...] | None] | Decline | None:
     """The softmax whose probabilities an operand is, and the order of its dimensions there."""
     node, order = operand.node, operand.order
-    if order is not None and -1 in order:
-        return None
     while True:
         if isinstance(found := softmax_of(node), Decline):
             return found

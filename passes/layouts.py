@@ -31,7 +31,8 @@ class Placed:
     Attributes:
         node: the tensor.
         lead: batch sizes of the scores there.
-        order: the dimension of the scores there at each place of (..., Nq, Nk); None: as they are.
+        order: the dimension of the scores there at each place of (..., Nq, Nk), -1 where they do not
+            have it; None: as they are.
         split: sizes of the scores there, where queries and keys are split into more dimensions.
         cells: (Nq, Nk), where they are.
     """
@@ -48,8 +49,17 @@ class Placed:
         if self.split is not None:
             return (*self.lead, *self.cells)
         own = tuple(self.node.meta["val"].shape)
-        whole = (1,) * (len(self.lead) + 2 - len(own)) + own
-        return whole if self.order is None else tuple(whole[dim] for dim in self.order)
+        whole = (1,) * (self.rank - len(own)) + own
+        if self.order is None:
+            return whole
+        return tuple(whole[dim] if dim >= 0 else 1 for dim in self.order)
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions of the scores there."""
+        if self.order is None:
+            return len(self.lead) + 2
+        return sum(dim >= 0 for dim in self.order)
 
 
 @dataclass(frozen=True)
@@ -186,10 +196,9 @@ def placed(graph: fx.Graph, mask: Placed, layout: Layout) -> fx.Node:
         node = graph.call_function(aten.reshape.default, (node, list(shape)))
         ndim = len(shape)
     wanted = len(mask.lead) + 2 if mask.order is not None or ndim > 2 else 2
-    for _ in range(wanted - ndim):
+    for _ in range((wanted if mask.order is None else mask.rank) - ndim):
         node = graph.call_function(aten.unsqueeze.default, (node, 0))
-    if mask.order is not None:
-        node = graph.call_function(aten.permute.default, (node, list(mask.order)))
+    node = emit(graph, Strided(node, mask.order))
     if wanted == 3:
         if captured(shape[0]) == 1:
             return graph.call_function(aten.unsqueeze.default, (node, 0))
@@ -227,6 +236,18 @@ def same_batch(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
     return result
 
 
+def _reordered(graph: fx.Graph, node: fx.Node, values: Product) -> fx.Node:
+    """A result (..., N, M) in the order of the product, without the row that it does not show."""
+    order = list(values.order or ())
+    if len(order) < values.rank:
+        (gone,) = set(range(values.rank)) - set(order)
+        node = graph.call_function(aten.squeeze.dim, (node, gone))
+        order = [dim - (dim > gone) for dim in order]
+    if order == sorted(order):
+        return node
+    return graph.call_function(aten.permute.default, (node, order))
+
+
 def restored(
     graph: fx.Graph, fused: fx.Node, values: Product, layout: Layout, dtype: torch.dtype
 ) -> fx.Node:
@@ -241,7 +262,7 @@ def restored(
             if len(size) > 1:
                 fused = graph.call_function(aten.unflatten.int, (fused, dim, size))
     if values.order is not None:
-        fused = graph.call_function(aten.permute.default, (fused, list(values.order)))
+        fused = _reordered(graph, fused, values)
     wanted: torch.dtype = values.node.meta["val"].dtype
     if dtype != wanted:
         fused = graph.call_function(aten.to.dtype, (fused, wanted))

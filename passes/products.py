@@ -1,6 +1,7 @@
 """Batched matrix products in one form, whatever operator they were written with.
 
-matmul, bmm, baddbmm, einsum  ->  left (..., N, K) x right (..., K, M) -> (..., N, M)
+matmul, bmm, baddbmm, addmm, einsum, linear, inner, tensordot
+  ->  left (..., N, K) x right (..., K, M) -> (..., N, M)
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Strided:
         return self.reordered((*range(rank - 2), rank - 1, rank - 2))
 
     def reordered(self, dims: Sequence[int]) -> Strided:
-        """Dimension `dims[i]` of this one at place i."""
+        """Dimension `dims[i]` of this one at place i; -1: a new one of size one."""
         have = self.order or tuple(range(self.node.meta["val"].ndim))
-        return Strided(self.node, unless_sorted(have[d] for d in dims))
+        return Strided(self.node, unless_sorted(have[d] if d >= 0 else -1 for d in dims))
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -53,6 +54,11 @@ def unless_sorted(order: Iterable[int]) -> tuple[int, ...] | None:
     """An order of dimensions, or None where it leaves all as they are."""
     found = tuple(order)
     return None if found == tuple(range(len(found))) else found
+
+
+def _unless_whole(order: Sequence[int], rank: int) -> tuple[int, ...] | None:
+    """An order of dimensions, or None where it is all of them as they are."""
+    return tuple(order) if len(order) < rank else unless_sorted(order)
 
 
 def _transpose_source(node: fx.Node) -> fx.Node | None:
@@ -91,7 +97,8 @@ class Product:
         node: the call.
         left: (..., N, K).
         right: (..., K, M).
-        order: the dimension of (..., N, M) at each place of the result; None: as they are.
+        order: the dimension of (..., N, M) at each place of the result, which has not the one of
+            a single row or column that no letter names; None: as they are.
         alpha: factor of the product.
         addend: what is added, or None.
         beta: factor of the addend.
@@ -107,13 +114,13 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """Number of dimensions of the result."""
-        return int(self.node.meta["val"].ndim)
+        """Number of dimensions of (..., N, M)."""
+        return len(self.left.shape)
 
     def swapped(self) -> Product:
         """The same product of the transposed operands: (..., M, N)."""
         position = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
-        order = unless_sorted(position[d] for d in self.order or range(self.rank))
+        order = _unless_whole([position[d] for d in self.order or range(self.rank)], self.rank)
         left, right = self.right.transposed(), self.left.transposed()
         return replace(self, left=left, right=right, order=order)
 
@@ -124,8 +131,12 @@ def product(node: fx.Node) -> Product | None:
         return None
     if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         return _matmul(node)
-    if node.target is aten.baddbmm.default:
-        return _baddbmm(node)
+    if node.target in (aten.baddbmm.default, aten.addmm.default):
+        return _added(node)
+    if node.target in (aten.linear.default, aten.inner.default):
+        return _by_rows(node)
+    if node.target is aten.tensordot.default:
+        return _tensordot(node)
     return _einsum(node) if node.target is aten.einsum.default else None
 
 
@@ -142,18 +153,46 @@ def _matmul(node: fx.Node) -> Product | None:
     return Product(node, left, right)
 
 
-def _baddbmm(node: fx.Node) -> Product:
+def _added(node: fx.Node) -> Product:
     addend, left, right = (n for n in node.args[:3] if isinstance(n, fx.Node))
     beta, alpha = (float(argument(node, i, name, 1)) for i, name in ((3, "beta"), (4, "alpha")))
     operands = Strided(left), Strided(right)
     return Product(node, *operands, None, alpha, addend if beta else None, beta)
 
 
+def _by_rows(node: fx.Node) -> Product | None:
+    """linear(x, W, b), inner(x, W): x (N, K), W (M, K), both computed."""
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    if (left.meta["val"].ndim, right.meta["val"].ndim) != (2, 2) or right.op == "get_attr":
+        return None
+    addend = argument(node, 2, "bias")
+    return Product(node, Strided(left), Strided(right).transposed(), addend=addend)
+
+
+def _tensordot(node: fx.Node) -> Product | None:
+    """tensordot(a, b) of two matrices over one dimension of each."""
+    left, right, over, by = node.args
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    dims = [[int(dim) % 2 for dim in part] for part in (over, by)]  # type: ignore[union-attr, arg-type]
+    if (left.meta["val"].ndim, right.meta["val"].ndim) != (2, 2) or any(len(d) != 1 for d in dims):
+        return None
+    (summed,), (shared,) = dims
+    return Product(
+        node,
+        Strided(left, unless_sorted((1 - summed, summed))),
+        Strided(right, unless_sorted((shared, 1 - shared))),
+    )
+
+
 def _einsum(node: fx.Node) -> Product | None:
     """An einsum of two operands that share one summed label.
 
     Labels that one operand alone has are rows or columns; of several, the one that counts most is
-    it, and the others are batch (heads that share their keys).
+    it, and the others are batch (heads that share their keys). Where one operand has none, it has
+    one row that the result does not show.
     """
     operands = node.args[1]
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
@@ -171,14 +210,14 @@ def _einsum(node: fx.Node) -> Product | None:
         max((x for x in output if x in a and x not in b), key=lambda x: size[x], default="")
         for a, b in ((first, second), (second, first))
     )
-    if not row or not column:
+    if not row and not column:
         return None
     batch = [x for x in output if x not in (row, column)]
     return Product(
         node,
         Strided(left, _order(first, [*batch, row, *summed])),
         Strided(right, _order(second, [*batch, *summed, column])),
-        _order("".join([*batch, row, column]), list(output)),
+        _unless_whole([[*batch, row, column].index(x) for x in output], len(batch) + 2),
     )
 
 
@@ -203,4 +242,4 @@ def _labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str
 
 
 def _order(have: str, want: list[str]) -> tuple[int, ...] | None:
-    return unless_sorted(have.find(label) for label in want)
+    return unless_sorted(have.find(label) if label else -1 for label in want)

@@ -58,14 +58,37 @@ def is_view(node: fx.Node) -> bool:
 
 
 def turned(node: fx.Node, order: tuple[int, ...] | None) -> tuple[fx.Node, Any] | None:
-    """What a permutation is of, and the same order of dimensions there; None: no permutation."""
+    """What a permutation is of, and the same order of dimensions there; None: no permutation.
+
+    Dimensions of size one may come and go: -1 in the order is one that the source does not have.
+    """
     source = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(source, fx.Node):
         return None
-    dims = _permuted(node, source.meta["val"].ndim) if node.target in _PERMUTATIONS else None
-    if dims is None:
+    if node.target in _PERMUTATIONS:
+        dims = _permuted(node, source.meta["val"].ndim)
+    elif node.target in (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims):
+        dims = _kept_dimensions(node, source)
+    else:
         return None
-    return source, unless_sorted(dims[place] for place in order or range(len(dims)))
+    places = [dims[place] if place >= 0 else -1 for place in order or range(len(dims))]
+    for gone in sorted(set(range(source.meta["val"].ndim)) - set(dims)):
+        if -1 not in places:
+            return None
+        places[places.index(-1)] = gone  # one size of one is as good as another
+    return source, unless_sorted(places)
+
+
+def _kept_dimensions(node: fx.Node, source: fx.Node) -> list[int]:
+    """The dimension of the source at each place of what it is with or without ones; -1: a new one."""
+    rank, given = source.meta["val"].ndim, node.args[1]
+    if node.target is aten.unsqueeze.default:
+        assert isinstance(given, int)
+        place = given % (rank + 1)
+        return [*range(place), -1, *range(place, rank)]
+    named = {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}  # type: ignore[operator]
+    gone = {dim for dim in named if str(source.meta["val"].shape[dim]) == "1"}
+    return [dim for dim in range(rank) if dim not in gone]
 
 
 def _permuted(node: fx.Node, rank: int) -> list[int]:
@@ -81,23 +104,6 @@ def _permuted(node: fx.Node, rank: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Bias:
-    """factor * tensor, added to scores."""
-
-    tensor: Placed
-    factor: float
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Scores are `fill` where a tensor is False (True, where negated)."""
-
-    tensor: Placed
-    negated: bool
-    fill: float
-
-
-@dataclass(frozen=True)
 class Stretch:
     """Scores are multiplied (divided, where inverse) by a tensor of size one along the keys.
 
@@ -107,6 +113,24 @@ class Stretch:
     tensor: Placed
     inverse: bool
     by_key: bool
+
+
+@dataclass(frozen=True)
+class Bias:
+    """factor * tensor, stretched, added to scores."""
+
+    tensor: Placed
+    factor: float
+    stretches: tuple[Stretch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Scores are `fill` where a tensor is False (True, where negated)."""
+
+    tensor: Placed
+    negated: bool
+    fill: float
 
 
 @dataclass(frozen=True)
@@ -136,8 +160,9 @@ class Scores:
     @property
     def tensors(self) -> list[Placed]:
         """All that was met between product and softmax."""
-        found = [bias.tensor for bias in self.biases] + [keep.tensor for keep in self.keeps]
-        return found + [stretch.tensor for stretch in self.stretches]
+        by_bias = [stretch for bias in self.biases for stretch in bias.stretches]
+        met = (*self.biases, *self.keeps, *self.stretches, *by_bias)
+        return [part.tensor for part in met]
 
     def mask(self, program: Program, layout: Layout, dtype: torch.dtype) -> fx.Node | None:
         """Build one mask, boolean or of `dtype`, that broadcasts to (B, H, Nq, Nk)."""
@@ -157,15 +182,10 @@ class Scores:
         """Queries and keys (B, H, N, D) times what scales their scores."""
         graph, dtype = program.graph, q.meta["val"].dtype
         for stretch in self.stretches:
-            node = placed(graph, stretch.tensor, layout)
-            if stretch.tensor.node.meta["val"].dtype != dtype:
-                node = graph.call_function(aten.to.dtype, (node, dtype))
-            operator = aten.div.Tensor if stretch.inverse else aten.mul.Tensor
             if stretch.by_key:
-                node = graph.call_function(aten.transpose.int, (node, -1, -2))
-                k = graph.call_function(operator, (k, node))
+                k = stretched(graph, k, stretch, layout, dtype, of_rows=False)
             else:
-                q = graph.call_function(operator, (q, node))
+                q = stretched(graph, q, stretch, layout, dtype)
         program.refresh()
         return q, k
 
@@ -191,12 +211,35 @@ def _fill(fill: float, dtype: torch.dtype) -> float:
     return max(fill, lowest) if is_closed(fill, dtype) else lowest
 
 
-def _bias(graph: fx.Graph, bias: Bias, layout: Layout, dtype: torch.dtype) -> fx.Node:
-    node = placed(graph, bias.tensor, layout)
-    if bias.tensor.node.meta["val"].dtype != dtype:
+def stretched(
+    graph: fx.Graph,
+    node: fx.Node,
+    stretch: Stretch,
+    layout: Layout,
+    dtype: torch.dtype,
+    of_rows: bool = True,
+) -> fx.Node:
+    """A node times a stretch (B, H, Nq, 1) or (B, H, 1, Nk); not `of_rows`: (B, H, Nk, 1)."""
+    by = _in_dtype(graph, stretch.tensor, layout, dtype)
+    if not of_rows:
+        by = graph.call_function(aten.transpose.int, (by, -1, -2))
+    operator = aten.div.Tensor if stretch.inverse else aten.mul.Tensor
+    return graph.call_function(operator, (node, by))
+
+
+def _in_dtype(graph: fx.Graph, tensor: Placed, layout: Layout, dtype: torch.dtype) -> fx.Node:
+    node = placed(graph, tensor, layout)
+    if tensor.node.meta["val"].dtype != dtype:
         node = graph.call_function(aten.to.dtype, (node, dtype))
+    return node
+
+
+def _bias(graph: fx.Graph, bias: Bias, layout: Layout, dtype: torch.dtype) -> fx.Node:
+    node = _in_dtype(graph, bias.tensor, layout, dtype)
     if bias.factor != 1.0:
         node = graph.call_function(aten.mul.Tensor, (node, bias.factor))
+    for stretch in bias.stretches:
+        node = stretched(graph, node, stretch, layout, dtype)
     return node
 
 
@@ -273,10 +316,10 @@ class _Way:
         if self.whole is not None:
             return Placed(tensor, self.whole[:-2], None, shape, self.whole[-2:])
         order = self.order or tuple(range(len(shape)))
-        return Placed(tensor, tuple(shape[dim] for dim in order[:-2]), self.order)
+        return Placed(tensor, tuple(shape[d] if d >= 0 else 1 for d in order[:-2]), self.order)
 
     def added(self, node: fx.Node, at: fx.Node, factor: float = 1.0) -> _Way:
-        bias = Bias(self.placed(node, at), self.factor * factor)
+        bias = Bias(self.placed(node, at), self.factor * factor, self.stretches)
         return replace(self, biases=(*self.biases, bias))
 
     def kept(self, keep: Keep) -> _Way:
@@ -289,7 +332,10 @@ class _Way:
         shape = node.meta["val"].shape
         if len(shape) != 4 or self.heads is not None or self.whole is not None:
             return self
-        return replace(self, heads=captured(shape[self.order[1] if self.order else 1]))
+        order = self.order or (0, 1, 2, 3)
+        if len(order) != 4 or order[1] < 0:
+            return self
+        return replace(self, heads=captured(shape[order[1]]))
 
 
 @dataclass
@@ -381,8 +427,6 @@ class _Walk:
 
     def _add(self, node: fx.Node, way: _Way) -> Scores | Decline:
         """Either addend may be the scores; the other one is a mask."""
-        if way.stretches:
-            return Decline("scores are scaled by a tensor together with a bias", node)
         nearest: Decline | None = None
         left, right = node.args
         sign = -1.0 if node.target is aten.sub.Tensor else 1.0
@@ -403,7 +447,7 @@ class _Walk:
             negated = True
         else:
             condition, chain, filled = node.args
-            negated = self.constants.scalar(filled) is None
+            negated = self._filling(filled) is None
             if negated:
                 chain, filled = filled, chain
         number = self._filling(filled)
@@ -412,7 +456,9 @@ class _Walk:
         low = number is not None and (
             is_closed(number, dtype) or (number <= _MODEST and not way.biases)
         )
-        if not low or way.factor <= 0 or way.stretches:
+        if way.stretches:
+            return Decline("masked scores are scaled by a tensor", node)
+        if not low or way.factor <= 0:
             return Decline("masked scores are filled with more than minus infinity", node)
         if not isinstance(chain, fx.Node) or not _is_whole(chain, node):
             return _refusal(node)
@@ -444,15 +490,12 @@ class _Walk:
         if self._mixes(found):
             return _mixed(found.node)
         if found.addend is not None:
-            if way.stretches:
-                return Decline("scores are scaled by a tensor together with a bias", found.node)
             way = way.added(found.addend, found.node, found.beta)
         rank = found.rank
-        have, order = found.order or range(rank), way.order or range(rank)
-        *batch, row, column = (have[place] for place in order)
-        if (row, column) == (rank - 1, rank - 2):
+        batch, cells = _places(found, way.order)
+        if cells == (rank - 1, rank - 2):
             found = found.swapped()
-        elif (row, column) != (rank - 2, rank - 1):
+        elif cells != (rank - 2, rank - 1):
             return Decline("rows of the scores are not those of the product with v", found.node)
         if _is_weight(found.right.node):
             return Decline("keys are a weight of the model", found.node)
@@ -501,6 +544,17 @@ def scores_of(
         order: the dimension of the node at each place of (..., Nq, Nk); None: as they are.
     """
     return _Walk(program).back(node, _Way(order))
+
+
+def _places(found: Product, order: tuple[int, ...] | None) -> tuple[list[int], tuple[int, int]]:
+    """The dimension of (..., N, M) of a product at each place of the scores (..., Nq, Nk)."""
+    have = found.order or tuple(range(found.rank))
+    places = [have[place] if place >= 0 else -1 for place in order or range(len(have))]
+    for hidden in sorted(set(range(found.rank)) - set(have)):
+        if -1 in places:
+            places[places.index(-1)] = hidden
+    *batch, row, column = places
+    return batch, (row, column)
 
 
 def _is_low_where(bias: Tensor, dropped: Tensor) -> bool:

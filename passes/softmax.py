@@ -82,13 +82,10 @@ def _exponential(node: fx.Node) -> Softmax | None:
     if inner.target is not aten.sub.Tensor or inner.kwargs:
         return None
     scores, total = inner.args
-    if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default:
+    if not isinstance(total, fx.Node) or not isinstance(scores, fx.Node):
         return None
-    dims = total.args[1]
-    kept = argument(total, 2, "keepdim", False)
-    if total.args[0] is not scores or not kept or not isinstance(dims, list) or len(dims) != 1:
-        return None
-    return _along(node, scores, dims[0])
+    found = _reduced(total, aten.logsumexp.default)
+    return Softmax(node, scores, found[1]) if found and found[0] is scores else None
 
 
 def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | None:
@@ -113,14 +110,26 @@ def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | No
 
 def _summed(total: fx.Node, power: fx.Node) -> int | None:
     """The axis along which a node is the sum of another, and has size one."""
-    if total.target is not aten.sum.dim_IntList or not argument(total, 2, "keepdim", False):
+    found = _reduced(total, aten.sum.dim_IntList)
+    return found[1] if found and peel(found[0], CASTS) is power else None
+
+
+def _reduced(node: fx.Node, operator: Any) -> tuple[fx.Node, int] | None:
+    """What a node reduces along one axis, which it keeps or brings back as of size one."""
+    restored = node.args[1] if node.target is aten.unsqueeze.default else None
+    if isinstance(restored, int):
+        assert isinstance(node.args[0], fx.Node)
+        node = peel(node.args[0], CASTS)
+    if node.target is not operator:
         return None
-    source, dims = total.args[:2]
+    source, dims = node.args[:2]
     if not isinstance(source, fx.Node) or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
-    if peel(source, CASTS) is not power or not isinstance(dims[0], int):
-        return None
-    return int(dims[0] % power.meta["val"].ndim)
+    rank = source.meta["val"].ndim
+    dim = int(dims[0]) % rank
+    kept = bool(argument(node, 2, "keepdim", False))
+    is_back = kept if restored is None else not kept and restored % rank == dim
+    return (source, dim) if is_back else None
 
 
 def _shifted(node: Any, dim: int) -> tuple[fx.Node, bool]:

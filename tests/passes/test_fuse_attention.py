@@ -318,6 +318,18 @@ def negated(m: Heads, x: Tensor) -> Tensor:
     return (x[:, None, None, :, 0] - distance).softmax(-1).type_as(x) @ v
 
 
+def scaled_with_bias(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return ((q @ k.mT + x[:, None, None, :, 0]) * m.temperature).softmax(-1) @ v
+
+
+def scaled_in_one(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    scores = torch.baddbmm(x[:, None, :, 0], q, k.mT) * m.temperature
+    result: Tensor = scores.softmax(-1) @ v
+    return result
+
+
 def three_dimensions_masked(m: Heads, x: Tensor) -> Tensor:
     mask = (x[:, :1] @ x.mT) * torch.ones(x.shape[1], 1)
     return F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), mask)
@@ -380,6 +392,8 @@ SPELLINGS: dict[str, tuple[Forward, bool, torch.dtype | None]] = {
     "split_between": (split_between, False, None),
     "bounded": (bounded, True, None),
     "negated": (negated, False, torch.float32),
+    "scaled_with_bias": (scaled_with_bias, False, torch.float32),
+    "scaled_in_one": (scaled_in_one, False, torch.float32),
 }
 
 
@@ -597,16 +611,9 @@ def full_scale(m: Heads, x: Tensor) -> Tensor:
     return (q @ k.mT * (x @ x.mT)[:, None]).softmax(-1) @ v
 
 
-def scaled_with_bias(m: Heads, x: Tensor) -> Tensor:
+def masked_then_scaled(m: Heads, x: Tensor) -> Tensor:
     q, k, v = m.heads(x)
-    return ((q @ k.mT + x[:, None, None, :, 0]) * m.temperature).softmax(-1) @ v
-
-
-def scaled_in_one(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.q(x), m.k(x), m.v(x)
-    scores = torch.baddbmm(x[:, None, :, 0], q, k.mT) * m.temperature
-    result: Tensor = scores.softmax(-1) @ v
-    return result
+    return ((q @ k.mT).masked_fill(upper(x.shape[1]), -1e9) * m.temperature).softmax(-1) @ v
 
 
 def regrouped(m: Heads, x: Tensor) -> Tensor:
@@ -618,7 +625,7 @@ def regrouped(m: Heads, x: Tensor) -> Tensor:
 
 def unequal_ranks_of_values(m: Heads, x: Tensor) -> Tensor:
     q, k, v = m.heads(x)
-    p = (q @ k.mT).softmax(-1)[:, None].reshape(3, 1, 2, 5, 5)
+    p = (q @ k.mT).softmax(-1)[None].reshape(3, 1, 2, 5, 5)
     return p @ v[:, None]
 
 
@@ -654,8 +661,7 @@ REFUSALS: dict[Forward, str] = {
     renormalized: "probabilities are changed between softmax and the product with v",
     quiet: "something is added to the sum of a hand-written softmax",
     full_scale: "scores are scaled by a tensor that differs by query and key",
-    scaled_with_bias: "scores are scaled by a tensor together with a bias",
-    scaled_in_one: "scores are scaled by a tensor together with a bias",
+    masked_then_scaled: "masked scores are scaled by a tensor",
     regrouped: "a mask is applied in dimensions that are not batch and heads",
     unequal_ranks_of_values: "queries, keys and values differ in their number of dimensions",
     more_heads_than_queries: "rows of the scores are not those of the product with v",
