@@ -61,8 +61,7 @@ def _cell_cost(rows: int) -> float:
 def _cost(tiled: _Tiled) -> float:
     lengths, rows = tiled.lengths, tiled.rows
     cell = _cell_cost(rows) + _MASKED * ~tiled.clean
-    whole = len(lengths) == 1 and bool(tiled.any.all())
-    per_column = rows * cell + (0.0 if whole else _COLUMN)
+    per_column = rows * cell + _COLUMN * ~(tiled.clean & tiled.any.all(1))
     silent = lengths <= 1
     return float(np.where(silent, rows, _PAIR + lengths * per_column).sum())
 
@@ -217,6 +216,24 @@ def _triangles(heads: Ints, unique: list[int], size: int) -> tuple[Bucket, list[
     return bucket, [] if natural else [torch.from_numpy(ids)]
 
 
+def _full(pairs: _Pairs, heads: Ints, tiles: int) -> list[tuple[Bucket, list[Tensor]]]:
+    """Pairs that keep every column: a bucket per head, whose keys and values are taken as they are.
+
+    One bucket for all heads that keep every cell, if all do.
+    """
+    keys = pairs.any.shape[1]
+    if tiles == 1 and np.isin(heads, pairs.unique).all():
+        return [(Bucket(pairs.rows, len(heads), keys, gathered=False, natural=True), [])]
+    parts: list[tuple[Bucket, list[Tensor]]] = []
+    for head, unique in enumerate(heads):
+        mine = pairs.tile[pairs.unique == unique]
+        if len(mine):
+            alone = tiles == 1
+            bucket = Bucket(pairs.rows, len(mine), keys, gathered=False, natural=alone, head=head)
+            parts.append((bucket, [] if alone else [torch.from_numpy(head * tiles + mine)]))
+    return parts
+
+
 def build(
     facts: LayoutSpec, bits: Bits, heads: Ints, tile: tuple[int, int] | None, _head_dim: int
 ) -> tuple[LayoutSpec, list[Tensor]]:
@@ -240,13 +257,14 @@ def build(
     parts = [_triangles(heads, triangles, queries)] if triangles else []
     for rows in sorted({t.rows for t in tiled.values()}):
         pairs = _pairs(tiled, rows)
-        live = pairs.any.any(1)
-        for kind in (live & pairs.clean, live & ~pairs.clean):
+        tiles = -(-queries // rows)
+        live, full = pairs.any.any(1), pairs.clean & pairs.any.all(1)
+        parts += _full(pairs.take(full), heads, tiles)
+        for kind in (live & pairs.clean & ~full, live & ~pairs.clean):
             chosen = pairs.take(kind)
             if len(chosen.unique):
                 groups = _group(chosen.any.sum(1), rows)
                 groups = [part for group in groups for part in _portions(chosen, group)]
-                tiles = -(-queries // rows)
                 parts += [_assemble(chosen.take(g), bits, heads, tiles) for g in groups]
     buckets = tuple(bucket for bucket, _ in parts)
     tallest = max((bucket.rows for bucket in buckets), default=queries)

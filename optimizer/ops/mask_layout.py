@@ -47,6 +47,7 @@ class Bucket:
         gathered: False where a pair keeps all columns in order.
         natural: True where the bucket holds every pair of its tile height, in order.
         shared: True where several pairs use one list of columns.
+        head: the head of all its pairs, where they keep all its columns: nothing is gathered then.
     """
 
     rows: int
@@ -56,11 +57,12 @@ class Bucket:
     gathered: bool = True
     natural: bool = False
     shared: bool = False
+    head: int | None = None
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.pairs}x{self.columns}", self.mask]
-        flags = ("gathered", "natural", "shared")
-        return ":".join(words + [flag for flag in flags if getattr(self, flag)])
+        words += [flag for flag in ("gathered", "natural", "shared") if getattr(self, flag)]
+        return ":".join(words + [f"head={self.head}"] * (self.head is not None))
 
     @classmethod
     def parse(cls, text: str) -> Bucket:
@@ -68,7 +70,8 @@ class Bucket:
         sizes, mask, *flags = text.split(":")
         rows, pairs, columns = map(int, sizes.split("x"))
         known = {flag: flag in flags for flag in ("gathered", "natural", "shared")}
-        return cls(rows, pairs, columns, mask, **known)
+        heads = [int(flag.removeprefix("head=")) for flag in flags if flag.startswith("head=")]
+        return cls(rows, pairs, columns, mask, **known, head=heads[0] if heads else None)
 
 
 @dataclass(frozen=True)

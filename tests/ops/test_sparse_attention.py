@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,9 @@ def calls(draw: st.DrawFn) -> AttentionSample:
     mask = torch.rand(shape, generator=generator) < density
     if draw(st.booleans()):  # columns agree within tiles
         mask = mask[:, :1] & (torch.rand(heads, rows, 1, generator=generator) < 0.9)
+    if draw(st.booleans()):  # some rows keep everything
+        mask = mask.clone()
+        mask[: draw(st.integers(1, heads)), : draw(st.integers(1, rows))] = True
     options: dict[str, Any] = {"is_causal": draw(st.booleans()), "q_offset": offset}
     kind = draw(st.sampled_from(["none", "bool", "float"]))
     if kind != "none":
@@ -253,3 +257,68 @@ def test_a_call_says_why_no_kernel_takes_it() -> None:
     found = lowering.declines("fxpress::sparse_attention", "cuda", site)
     assert [decline.reason for decline in found.values()] == ["the scale is not above 0"]
     assert lowering.choose("fxpress::sparse_attention", "cuda", site) is None
+
+
+def test_tiles_that_keep_everything_gather_no_keys() -> None:
+    mask = torch.zeros(4, 100, 300, dtype=torch.bool)
+    mask[1, :50], mask[2, 50:], mask[3], mask[:, :, 7] = True, True, True, True
+    layout = compile_mask(mask, device="cpu")
+    whole = [b for b in layout.facts.buckets if b.head is not None]
+    assert {b.head for b in whole} == {1, 2, 3}
+    assert not any(b.gathered for b in whole)
+    assert [b.natural for b in whole if b.head == 3] == [True]
+    q = torch.randn(2, 4, 100, 8)
+    k, v = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 16)
+    assert_equivalent(candidate("buckets"), reference, (q, k, v, mask))
+    assert_equivalent(gradients(candidate("buckets")), gradients(reference), (q, k, v, mask))
+
+
+def some_columns(seed: int) -> Tensor:
+    """Masks of one shape of layout: per head the same number of columns, elsewhere."""
+    torch.manual_seed(seed)
+    kept = torch.stack([torch.randperm(64)[:16] for _ in range(2)])
+    return (
+        torch.zeros(2, 64, dtype=torch.bool)
+        .scatter(1, kept, value=True)[:, None]
+        .expand(-1, 48, -1)
+    )
+
+
+def test_a_layout_changed_in_place_is_noticed() -> None:
+    """As `load_state_dict` does to the buffers of a module."""
+    x = torch.randn(1, 2, 64, 8)
+    first, second = (compile_mask(some_columns(seed), device="cpu") for seed in (0, 1))
+    assert first.spec == second.spec
+    q = x[:, :, :48]
+    before = sparse_attention(q, x, x, first)
+    for mine, other in zip(first.tensors, second.tensors, strict=True):
+        mine.copy_(other)
+    assert not torch.equal(sparse_attention(q, x, x, first), before)
+    assert_equivalent(
+        lambda: sparse_attention(q, x, x, first), lambda: sparse_attention(q, x, x, second), ()
+    )
+
+
+def test_a_layout_first_used_for_inference_trains() -> None:
+    mask = some_columns(0)
+    layout = compile_mask(mask, device="cpu")
+    x = torch.randn(3, 2, 64, 8)
+    with torch.inference_mode():
+        sparse_attention(x[:, :, :48], x, x, layout)
+    leaf = x.clone().requires_grad_()
+    sparse_attention(leaf[:, :, :48], leaf, leaf, layout).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_nothing_is_kept_of_a_layout_that_is_gone() -> None:
+    from fxpress.ops import packed_attention
+
+    gc.collect()
+    count = len(packed_attention._KNOWN)
+    layout = compile_mask(some_columns(2), device="cpu")
+    x = torch.randn(1, 2, 64, 8)
+    sparse_attention(x[:, :, :48], x, x, layout)
+    assert len(packed_attention._KNOWN) == count + 1
+    del layout
+    gc.collect()
+    assert len(packed_attention._KNOWN) == count
