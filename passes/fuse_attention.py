@@ -25,9 +25,12 @@ from torch import fx
 
 from fxpress.passes.dataflow import argument, is_noop, mask_factors, sizes
 from fxpress.passes.layouts import Layout, Placed, four, layout_of, restored, same_batch
+from fxpress.passes.probabilities import UNCHANGED, Moved, Probabilities, moved, probabilities_of
 from fxpress.passes.products import Product, Strided, product
-from fxpress.passes.scores import VIEWS, Bias, Keep, Scores, is_view, scores_of, turned
+from fxpress.passes.score_walk import scores_of
+from fxpress.passes.scores import Bias, Keep, Scores, changed, settled
 from fxpress.passes.softmax import Softmax, is_cast, softmax_of
+from fxpress.passes.views import VIEWS
 from fxpress.program import Program
 from fxpress.rewrite import Decline, Rewrite, RewritePass
 
@@ -53,6 +56,8 @@ _POINTWISE = {
 _MIXING = {aten.linear.default, aten.matmul.default, aten.einsum.default, aten.conv2d.default}
 _REORDERING = {
     aten.permute.default,
+    aten.mT.default,
+    aten.cumsum.default,
     aten.transpose.int,
     aten.clone.default,
     aten.slice.Tensor,
@@ -108,12 +113,14 @@ class _Attention:
         scores: what the softmax is taken of.
         values: the product with v.
         layout: how batch sizes are brought to (B, H).
+        changes: what is done to values and result in place of the probabilities.
         is_causal: by a flag.
     """
 
     scores: Scores
     values: Product
     layout: Layout
+    changes: Moved = UNCHANGED
     is_causal: bool = False
 
     def build(self, program: Program) -> fx.Node:
@@ -126,6 +133,9 @@ class _Attention:
         q, k, v = same_batch(graph, q, k, v)
         program.refresh()
         q, k = scores.stretched(program, layout, q, k)
+        v = changed(graph, v, self.changes.values, layout, dtype, of_rows=False)
+        if self.changes.settled:
+            scores = scores.finite()
         mask = scores.mask(program, layout, dtype)
         program.refresh()
         is_causal = self.is_causal
@@ -135,7 +145,21 @@ class _Attention:
         args = (q, k, v, None if is_causal else mask, 0.0, is_causal)
         scale: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
         fused = graph.call_function(_SDPA, args, scale)
-        return restored(graph, fused, values, layout, dtype)
+        if self.changes.settled:
+            fused = settled(graph, fused, scores.keeps, layout)
+        fused = changed(graph, fused, self.changes.results, layout, dtype)
+        if (factor := self.changes.factor * values.alpha) != 1.0:
+            fused = graph.call_function(aten.mul.Tensor, (fused, factor))
+        fused = restored(graph, fused, values, layout, dtype)
+        return _plus(graph, fused, values)
+
+
+def _plus(graph: fx.Graph, node: fx.Node, values: Product) -> fx.Node:
+    """What the product with v adds to it."""
+    if values.addend is None:
+        return node
+    alpha: dict[str, Any] = {} if values.beta == 1.0 else {"alpha": values.beta}
+    return graph.call_function(aten.add.Tensor, (node, values.addend), alpha)
 
 
 class LiftAttention(Rewrite):
@@ -194,7 +218,7 @@ class FuseSoftmax(Rewrite):
     def match(self, node: fx.Node, program: Program) -> _Attention | Decline | None:
         """A product whose left operand comes from a softmax over the dimension it sums."""
         values = product(node)
-        if values is None or values.addend is not None:
+        if values is None:
             return None
         nearest: Decline | None = None
         for side in (values, values.swapped()):
@@ -210,9 +234,9 @@ class FuseSoftmax(Rewrite):
         self, values: Product, program: Program, near: bool
     ) -> _Attention | Decline | None:
         """The attention that ends in a product with v from the right; near misses, where asked."""
-        behind = _softmax_behind(values.left)
-        if isinstance(behind, tuple):
-            return _attended(*behind, values, program)
+        behind = probabilities_of(values.left, program)
+        if isinstance(behind, Probabilities):
+            return _attended(behind, values, program)
         return behind or (_near_softmax(values.left.node) if near else None)
 
     def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
@@ -221,41 +245,25 @@ class FuseSoftmax(Rewrite):
 
 
 def _attended(
-    softmax: Softmax, order: tuple[int, ...] | None, values: Product, program: Program
+    found: Probabilities, values: Product, program: Program
 ) -> _Attention | Decline | None:
     """The attention that ends in a product with v, whose left operand is a softmax."""
-    places = order or tuple(range(softmax.node.meta["val"].ndim))
-    scores = scores_of(program, softmax.scores, order)
-    if softmax.dim == places[-1]:
-        return scores if isinstance(scores, Decline) else _attention(scores, values)
-    if isinstance(scores, Decline):
-        return None
-    if softmax.dim == places[-2]:
-        return Decline("softmax is taken over the queries, not over the keys", softmax.node)
-    return Decline("softmax is taken over batch or heads, not over the keys", softmax.node)
-
-
-# From the product with v back to the softmax -----------------------------------------------------
-
-
-def _softmax_behind(
-    operand: Strided,
-) -> tuple[Softmax, tuple[int, ...] | None] | Decline | None:
-    """The softmax whose probabilities an operand is, and the order of its dimensions there."""
-    node, order = operand.node, operand.order
-    while True:
-        if isinstance(found := softmax_of(node), Decline):
-            return found
-        if found is not None:
-            return found, order
-        if (earlier := turned(node, order)) is not None:
-            node, order = earlier
-        elif is_noop(node) or is_cast(node) or (is_view(node) and order is None):
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            node = source
-        else:
+    softmax, way = found.softmax, found.way
+    places = way.order or tuple(range(softmax.node.meta["val"].ndim))
+    scores = scores_of(program, softmax.scores, way)
+    if softmax.dim != places[-1]:
+        if isinstance(scores, Decline):
             return None
+        if softmax.dim == places[-2]:
+            return Decline("softmax is taken over the queries, not over the keys", softmax.node)
+        return Decline("softmax is taken over batch or heads, not over the keys", softmax.node)
+    if isinstance(scores, Decline):
+        return scores
+    changes = moved(found, scores, program)
+    return changes if isinstance(changes, Decline) else _attention(scores, values, changes)
+
+
+# Near misses -------------------------------------------------------------------------------------
 
 
 def _near_softmax(start: fx.Node) -> Decline | None:
@@ -289,15 +297,17 @@ def _is_softmax(node: fx.Node) -> bool:
 # The parts put together --------------------------------------------------------------------------
 
 
-def _attention(scores: Scores, values: Product, is_causal: bool = False) -> _Attention | Decline:
+def _attention(
+    scores: Scores, values: Product, changes: Moved = UNCHANGED, is_causal: bool = False
+) -> _Attention | Decline:
     """Check that the operands fit one attention call, and count the heads."""
     heads = scores.heads or _merged_heads(scores.q)
     layout = layout_of(scores.q, scores.k, values.right, heads, values.node)
     if isinstance(layout, Decline):
         return layout
-    if not all(layout.takes(tensor) for tensor in scores.tensors):
+    if not all(layout.takes(tensor) for tensor in (*scores.tensors, *changes.tensors)):
         return Decline("a mask is applied in dimensions that are not batch and heads", values.node)
-    return _Attention(scores, values, layout, is_causal)
+    return _Attention(scores, values, layout, changes, is_causal)
 
 
 def _merged_heads(q: Strided) -> int:

@@ -31,8 +31,8 @@ class Placed:
     Attributes:
         node: the tensor.
         lead: batch sizes of the scores there.
-        order: the dimension of the scores there at each place of (..., Nq, Nk), -1 where they do not
-            have it; None: as they are.
+        order: the dimension of the scores there at each place of (..., Nq, Nk), -1 where they have
+            none; None: as they are.
         split: sizes of the scores there, where queries and keys are split into more dimensions.
         cells: (Nq, Nk), where they are.
     """

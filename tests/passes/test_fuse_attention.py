@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxpress.capture import Call, capture, capture_calls
-from fxpress.passes import fuse_attention, layouts, scores, softmax
+from fxpress.passes import fuse_attention, layouts, probabilities, score_walk, softmax
 from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.sites import attention_sites
 from fxpress.program import Program
@@ -561,11 +561,6 @@ def heads_mixed_after(m: Heads, x: Tensor) -> Tensor:
     return torch.einsum("hg,bgij->bhij", m.q.weight[:2, :2], (q @ k.mT).softmax(-1)) @ v
 
 
-def gated(m: Heads, x: Tensor) -> Tensor:
-    q, k, v = m.heads(x)
-    return ((q @ k.mT).softmax(-1) * x[:, None, :, :1]) @ v
-
-
 def mixture_of_rows(m: Heads, x: Tensor) -> Tensor:
     return F.softmax(m.q(x), -1) @ m.k.weight
 
@@ -625,7 +620,7 @@ def regrouped(m: Heads, x: Tensor) -> Tensor:
 
 def unequal_ranks_of_values(m: Heads, x: Tensor) -> Tensor:
     q, k, v = m.heads(x)
-    p = (q @ k.mT).softmax(-1)[None].reshape(3, 1, 2, 5, 5)
+    p = (q @ k.mT).softmax(-1).reshape(3, 1, 2, 5, 5)
     return p @ v[:, None]
 
 
@@ -651,7 +646,6 @@ REFUSALS: dict[Forward, str] = {
     heads_mixed_before: "heads are mixed between scores and softmax",
     heads_mixed_by_a_product: "heads are mixed between scores and softmax",
     heads_mixed_after: "heads are mixed between softmax and the product with v",
-    gated: "probabilities are changed between softmax and the product with v",
     mixture_of_rows: "softmax is not of a product of queries and keys, but of aten.linear",
     weight_for_keys: "keys are a weight of the model",
     finite_fill: "masked scores are filled with more than minus infinity",
@@ -698,7 +692,7 @@ UNEQUAL = "batch sizes of queries, keys and values differ"
 
 def test_every_reason_is_hit() -> None:
     known = [*REFUSALS.values(), UNEQUAL, TWO_DYNAMIC]
-    for module in (fuse_attention, scores, layouts, softmax):
+    for module in (fuse_attention, probabilities, score_walk, layouts, softmax):
         assert module.__file__ is not None
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Decline":
