@@ -46,6 +46,21 @@ class Attempt:
 
 
 @dataclass
+class _OneAtATime:
+    """Decisions of proposals, the last alone held: they can be as large as the model."""
+
+    proposals: Sequence[Proposal]
+    _held: dict[int, Decisions] = field(default_factory=dict)
+
+    def decisions(self, index: int) -> Decisions:
+        """Those of one proposal, made again if another was asked for since."""
+        if index not in self._held:
+            self._held.clear()
+            self._held[index] = self.proposals[index].decide()
+        return self._held[index]
+
+
+@dataclass
 class Judge:
     """Judges the rewrites of one run.
 
@@ -102,25 +117,27 @@ class Judge:
         if self.mode == "off" or not proposals:
             return proposals[0].decide() if proposals else {}
         tried = self.attempts.setdefault(name, [])
-        best: Decisions = {}
+        one = _OneAtATime(proposals)
+
+        def holds(index: int) -> bool:
+            return self._holds(build(one.decisions(index)), proposals[index].strength, tried)
+
         low, high = 0, len(proposals)
         while low < high:
             if self._out_of_time(f"{name}: weaker and stronger proposals were not all tried"):
-                return best
+                break
             middle = (low + high) // 2
-            decisions = proposals[middle].decide()
-            if self._holds(build(decisions), proposals[middle].strength, tried):
-                best, high = decisions, middle
+            if holds(middle):
+                high = middle
                 continue
             low = middle + 1
             if len(tried) == 1 and low < high:
-                decisions = proposals[high - 1].decide()
-                if not self._holds(build(decisions), proposals[high - 1].strength, tried):
-                    break
-                best, high = decisions, high - 1
-        if best or len(proposals) > 1:
-            return best
-        return self._harmless_sites(proposals[0], build, tried)
+                if not holds(high - 1):
+                    return {}
+                high -= 1
+        if high < len(proposals):
+            return one.decisions(high)
+        return self._harmless_sites(proposals[0], build, tried) if high == 1 else {}
 
     def _harmless_sites(
         self, proposal: Proposal, build: Callable[[Decisions], nn.Module], tried: list[Attempt]

@@ -4,8 +4,8 @@
 
 With H the second moment of the inputs, U is the leading eigenvectors of W H W' (m, m), and the best
 D on an orthonormal U is U' W whatever H is: H is never inverted, so it may be singular. Where m > n
-the same space is found from the n x n side. H = 1 gives the plain truncated decomposition (Eckart &
-Young 1936); weighting by H is as in ASVD and SVD-LLM.
+they are found from the n x n side, as A V / s with A = W H^1/2 and A'A = V s^2 V'. H = 1 gives the
+plain truncated decomposition (Eckart & Young 1936); weighting by H is as in ASVD and SVD-LLM.
 """
 
 from __future__ import annotations
@@ -63,32 +63,39 @@ def _rows(weight: Tensor, root: Tensor | None) -> Iterator[Tensor]:
         yield wide if root is None else wide * root if root.dim() == 1 else wide @ root
 
 
-def _range(weight: Tensor, root: Tensor | None, rank: int) -> Tensor:
-    """Orthonormal basis (m, rank) of the leading left singular vectors of W H^1/2, signs fixed."""
+def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (rank,) and their eigenvectors (n, rank), signs fixed."""
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values, torch.where(largest < 0, -vectors, vectors)
+
+
+def _bases(weight: Tensor, root: Tensor | None, rank: int) -> tuple[float, Iterator[Tensor]]:
+    """The leading left singular vectors of W H^1/2 by the rows of `_rows`: (m, rank) in all.
+
+    Before them the share of the squares that they leave out.
+    """
     m, n = weight.shape
     if m <= n:
         gram = torch.cat([_times_all(rows, weight, root) for rows in _rows(weight, root)])
-        basis = torch.linalg.eigh(gram).eigenvectors[:, m - rank :].flip(-1)
     else:
         gram = weight.new_zeros(n, n, dtype=torch.float64)
         for rows in _rows(weight, root):
             gram.addmm_(rows.mT, rows)
-        right = torch.linalg.eigh(gram).eigenvectors[:, n - rank :].flip(-1)
-        basis = torch.linalg.qr(torch.cat([rows @ right for rows in _rows(weight, root)])).Q
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return torch.where(largest < 0, -basis, basis)
+    total = float(gram.diagonal().sum())
+    values, vectors = _leading(gram, rank)
+    lost = max(1 - float(values.sum()) / total, 0.0) if total else 0.0
+    if m <= n:
+        return lost, iter(vectors.split(_AT_ONCE))
+    # What is left of smaller values is rounding: such directions are not in W H^1/2.
+    present = values > torch.finfo(values.dtype).eps * n * values[0]
+    vectors *= torch.where(present, values.clamp_min(0).rsqrt(), 0.0)
+    return lost, (rows @ vectors for rows in _rows(weight, root))
 
 
 def _times_all(rows: Tensor, weight: Tensor, root: Tensor | None) -> Tensor:
     return torch.cat([rows @ others.mT for others in _rows(weight, root)], 1)
-
-
-def _project(up: Tensor, weight: Tensor, root: Tensor | None) -> Tensor:
-    """Return up' W H^1/2, (rank, n)."""
-    found = up.new_zeros(up.shape[1], weight.shape[1])
-    for basis, rows in zip(up.split(_AT_ONCE), _rows(weight, root), strict=True):
-        found.addmm_(basis.mT, rows)
-    return found
 
 
 def fit_low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> LowRankFit:
@@ -111,12 +118,10 @@ def fit_low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None)
         raise PlanError(f"fit_low_rank: rank is between 1 and {min(weight.shape)}, not {rank}")
     weight = weight.detach()
     root = _root(moment_matrix(second_moment, weight.shape[1]))
-    up = _range(weight, root, rank)
-    kept = _project(up, weight, root)
-    lost = total = 0.0
-    for basis, rows in zip(up.split(_AT_ONCE), _rows(weight, root), strict=True):
-        total += float(rows.square().sum())
-        lost += float((rows - basis @ kept).square().sum())
-    error = math.sqrt(lost / total) if total else 0.0
-    down = _project(up, weight, None)
-    return LowRankFit(down.to(weight.dtype).contiguous(), up.to(weight.dtype).contiguous(), error)
+    up = weight.new_empty(weight.shape[0], rank)
+    down = weight.new_zeros(rank, weight.shape[1], dtype=torch.float64)
+    lost, bases = _bases(weight, root, rank)
+    for basis, mine, plain in zip(bases, *(w.split(_AT_ONCE) for w in (up, weight)), strict=True):
+        mine.copy_(basis)
+        down.addmm_(basis.mT, plain.double())
+    return LowRankFit(down.to(weight.dtype), up, math.sqrt(lost))
