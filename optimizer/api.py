@@ -97,6 +97,7 @@ def optimize(
     with torch.random.fork_rng(devices=[]), frozen(model):
         torch.manual_seed(seed)
         if plan is not None and calib_data is None:
+            plan.check_fits(model, where)
             run.replay(plan)
         else:
             data = calibration.collect(

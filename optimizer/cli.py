@@ -121,7 +121,7 @@ def optimize(
         subject.module,
         None if plan is not None and calib is None else subject.read(calib, batches),
         validation_data=subject.read(validation, batches) if validation is not None else None,
-        plan=_plan(plan, subject),
+        plan=_plan(plan),
         config=config,
         objective=objective,
         judge=judge,
@@ -194,7 +194,6 @@ def bench(
     if against is not None:
         original = _subject(against).module
         exact = fxpress.Plan(calls=loaded.plan.calls)
-        cli_inputs.check_fits(original, exact.example_calls(), f"{artifact}")
         others["original"] = original if device is None else original.to(device)
         others["dense"] = fxpress.optimize(others["original"], None, plan=exact)
     facts = cli_bench.measure(loaded, others, rounds, seconds)
@@ -332,12 +331,8 @@ def _subject(wish: str) -> Subject:
     return cli_inputs.from_function(kind, name)
 
 
-def _plan(folder: Path | None, subject: Subject) -> fxpress.Plan | None:
-    if folder is None:
-        return None
-    plan = fxpress.Plan.load(folder)
-    cli_inputs.check_fits(subject.module, plan.example_calls(), f"{folder}")
-    return plan
+def _plan(folder: Path | None) -> fxpress.Plan | None:
+    return None if folder is None else fxpress.Plan.load(folder)
 
 
 def _first_batch(subject: Subject, calib: Path | None) -> Any:
@@ -360,10 +355,9 @@ def _applied(
             raise PlanError("give an artifact, or --model")
         return fxpress.load(artifact)
     subject = _subject(model)
-    decided = _plan(plan, subject)
+    decided = _plan(plan)
     if artifact is not None:
         decided = fxpress.load(artifact).plan
-        cli_inputs.check_fits(subject.module, decided.example_calls(), f"{artifact}")
     data = None if decided is not None else subject.read(calib, _PROBED)
     return fxpress.optimize(subject.module, data, plan=decided, config=config, judge="off")
 

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxpress.capture import Call
 from fxpress.errors import CalibrationError, PlanError
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "Reader",
     "Subject",
     "as_call",
-    "check_fits",
     "from_config",
     "from_function",
     "import_file",
@@ -76,23 +74,6 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-
-
-def check_fits(module: nn.Module, calls: Sequence[Call], what: str) -> None:
-    """Run a model on the calls that it is to stand in for.
-
-    Raises:
-        PlanError: it cannot take one of them; the message says that `what` was made for another.
-    """
-    for args, kwargs in calls:
-        try:
-            with torch.no_grad():
-                module(*args, **kwargs)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PlanError(
-                f"{what} was made for another model: this one cannot be called alike; {reason}"
-            ) from error
 
 
 # --- models ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxpress.capture import Call
 from fxpress.errors import PlanError
@@ -88,6 +88,22 @@ class Plan:
         rest.decisions = {k: v for k, v in self.decisions.items() if k != pass_name}
         rest.verdicts = {k: v for k, v in self.verdicts.items() if k != pass_name}
         return rest
+
+    def check_fits(self, model: nn.Module, device: torch.device | None = None) -> None:
+        """Run a model on the example calls.
+
+        Raises:
+            PlanError: it cannot take one of them: the plan was made for another model.
+        """
+        for args, kwargs in self.example_calls(device):
+            try:
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            except Exception as error:
+                raise PlanError(
+                    "the plan was made for another model: this one cannot be called alike; "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def example_calls(self, device: torch.device | None = None) -> list[Call]:
         """Calls of the recorded structure: zeros for floats, ones for integers and flags."""
@@ -251,8 +267,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _decode_tensor(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     dtype = getattr(torch, str(entry["dtype"]))
     if "zlib" in entry:
-        raw = bytearray(zlib.decompress(base64.b64decode(entry["zlib"])))
-        packed = torch.frombuffer(raw, dtype=torch.uint8)
+        packed = torch.frombuffer(_inflate(entry, dtype), dtype=torch.uint8)
     elif entry["sha256"] in tensors:
         packed = tensors[entry["sha256"]]
         if hashlib.sha256(packed.numpy().tobytes()).hexdigest() != entry["sha256"]:
@@ -263,6 +278,16 @@ def _decode_tensor(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T
             "(Plan.load), which holds the large masks"
         )
     return _unpack(packed, dtype, list(entry["shape"]))
+
+
+def _inflate(entry: Mapping[str, Any], dtype: torch.dtype) -> bytearray:
+    """The bytes of a tensor; never more than its shape calls for, whatever the data says."""
+    count = torch.Size(entry["shape"]).numel()
+    size = -(-count // 8) if dtype is torch.bool else count * dtype.itemsize
+    raw = zlib.decompressobj().decompress(base64.b64decode(entry["zlib"]), max(size, 1) + 1)
+    if len(raw) != size:
+        raise PlanError(f"the plan is damaged: a tensor of {size} bytes has other data")
+    return bytearray(raw)
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

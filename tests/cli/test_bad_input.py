@@ -25,7 +25,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "another model": (("bench", "model.fxpress", "--against", "zoo:gru-lm"), "another model"),
     "the plan of another": (
         ("optimize", "--model", "zoo:gru-lm", "--plan", "model.fxpress"),
-        "model.fxpress was made for another model",
+        "the plan was made for another model",
     ),
     "no such model": (("zoo", "show", "rumm"), "did you mean 'rum-lm'"),
     "no model matches": (("zoo", "list", "zzz*"), "no model of the zoo matches"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,25 @@ def test_a_plan_of_another_model() -> None:
     plan = fxpress.optimize(stack(3), batches(), judge="off", config=half).plan
     with pytest.raises(PlanError, match="it has no site '2'"):
         fxpress.optimize(stack(2), None, plan=plan)
+
+
+def test_a_plan_whose_calls_the_model_cannot_take() -> None:
+    plan = fxpress.optimize(stack(), batches(), judge="off").plan
+    with pytest.raises(PlanError, match="cannot be called alike; RuntimeError"):
+        fxpress.optimize(nn.Linear(5, 5), None, plan=plan)
+
+
+def test_a_plan_inflates_to_no_more_than_its_shapes() -> None:
+    half = {"prune-attention": {"pruned": 0.5}}
+    plan = fxpress.optimize(stack(), batches(), judge="off", config=half).plan
+    data = json.loads(plan.to_json())
+    mask = data["decisions"]["prune-attention"]["0"]["mask"]["tensor"]
+    mask["zlib"] = base64.b64encode(zlib.compress(bytes(2**24))).decode()
+    tracemalloc.start()
+    with pytest.raises(PlanError, match="bytes has other data"):
+        fxpress.Plan.from_json(json.dumps(data))
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 def test_labels_are_dropped_and_named() -> None:
