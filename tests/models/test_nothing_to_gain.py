@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 import fxpress
 from fxpress import zoo
 from fxpress.testing import assert_equivalent
 from fxpress.zoo import registry
-from fxpress.zoo.pretrained import DownloadError
+from tests.models.samples import build, sample
 
 NAMES = [
     pytest.param(name, marks=[pytest.mark.pretrained] if registry.entry(name).has_weights else [])
@@ -20,25 +18,11 @@ NAMES = [
 SIZES = {"wide": {"layers": 1, "hidden": 256, "vocabulary": 256}}
 
 
-def sample(name: str) -> Any:
-    """A batch of the zoo's own samples; of texts for causal models the beginning."""
-    batch = registry.entry(name).calibration(None, 1)[0]
-    if name == "smollm2":
-        return {"input_ids": batch["input_ids"][:, :64], "use_cache": False}
-    if name == "whisper-tiny":
-        return batch | {"use_cache": False}
-    return batch[:, :16] if name.endswith("-lm") else batch
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
-    try:
-        model = zoo.create_model(
-            name, pretrained=registry.entry(name).has_weights, **SIZES.get(name, {})
-        )
-    except DownloadError as error:
-        pytest.skip(str(error))
-    batch = sample(name)
+    model = build(name, **SIZES.get(name, {}))
+    args, kwargs = sample(name)
+    batch = kwargs or args[0]
     # Fitting every weight of a trained model takes minutes: attention has to do there.
     config = {"factor-vvma": not registry.entry(name).has_weights}
     o = fxpress.optimize(model, [batch], max_divergence=0.0, config=config)
@@ -50,7 +34,6 @@ def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
     kinds = {site["kind"] for site in o.report.as_dict()["sites"]}
     has_attention = bool(kinds & {"self", "causal", "cross"})
     assert has_attention == bool(o.passes["prune-attention"].rolled_back)
-    args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
     assert_equivalent(o, model, args, kwargs)
 
 

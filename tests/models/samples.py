@@ -1,0 +1,34 @@
+"""Models of the zoo and batches for them, small enough for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from fxpress import zoo
+from fxpress.zoo import registry
+from fxpress.zoo.pretrained import DownloadError
+
+__all__ = ["build", "sample"]
+
+
+def build(name: str, **sizes: Any) -> nn.Module:
+    """A model of the zoo, with its weights if it has any; the test is skipped if they are away."""
+    try:
+        return zoo.create_model(name, pretrained=registry.entry(name).has_weights, **sizes)
+    except DownloadError as error:
+        pytest.skip(str(error))
+
+
+def sample(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call on the zoo's own samples; of texts for causal models the beginning."""
+    batch = registry.entry(name).calibration(None, 1)[0]
+    if name == "smollm2":
+        return (), {"input_ids": batch["input_ids"][:, :64], "use_cache": False}
+    if name == "whisper-tiny":
+        return (), batch | {"use_cache": False}
+    if isinstance(batch, dict):
+        return (), batch
+    return (batch[:, :16] if name.endswith("-lm") else batch,), {}

@@ -1,0 +1,41 @@
+"""Attention of every model of the zoo, against a count that knows nothing of graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxpress import zoo
+from fxpress.capture import capture
+from fxpress.passes.fuse_attention import FuseAttention
+from fxpress.passes.sites import attention_sites
+from fxpress.rewrite import PassContext
+from fxpress.zoo import registry
+from tests.models.samples import build, sample
+from tests.passes.attention_count import AttentionCount
+
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.pretrained] if registry.entry(name).has_weights else [])
+    for name in zoo.list_models()
+]
+ATTEND = {
+    "austen-transformer",
+    "minilm",
+    "smollm2",
+    "transformer-lm",
+    "whisper-tiny",
+    "whisper-tiny-encoder",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_attention_is_found(name: str) -> None:
+    model = build(name)
+    args, kwargs = sample(name)
+    with AttentionCount() as count, torch.no_grad():
+        model(*args, **kwargs)
+    program = capture(model, args, kwargs)
+    record = FuseAttention().run(program, PassContext())
+    assert not record.declined
+    assert len(attention_sites(program)) == count.total
+    assert (count.total > 0) == (name in ATTEND)
