@@ -48,8 +48,8 @@ def is_indicator(node: Any, constants: Constants) -> bool:
 def _is_complement(node: fx.Node) -> bool:
     """Whether a node is one minus another."""
     if node.target is aten.rsub.Scalar:
-        return node.args[1] == 1 and len(node.args) == 2
-    return node.target is aten.sub.Tensor and node.args[0] == 1 and not node.kwargs
+        return bool(node.args[1] == 1) and len(node.args) == 2
+    return node.target is aten.sub.Tensor and bool(node.args[0] == 1) and not node.kwargs
 
 
 def same_value(node: Any, depth: int = _DEPTH) -> Any:

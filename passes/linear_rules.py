@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,9 +77,9 @@ class _ToLinear(Rewrite):
 
 
 class LinearFromMatmul(_ToLinear):
-    """x @ W, mm(x, W), addmm(b, x, W), linear(x, W.t(), b)  ->  linear(x, W', b).
+    """x @ W, mm(x, W), addmm(b, x, W), inner(x, W), linear(x, W.t(), b)  ->  linear(x, W', b).
 
-    x (..., n), W (n, m), W' (m, n), b (m,)
+    x (..., n), W (n, m) or that one expanded to a batch, W' (m, n), b (m,)
     """
 
     name: ClassVar[str] = "linear-from-matmul"
@@ -87,6 +88,9 @@ class LinearFromMatmul(_ToLinear):
         """A product from the right with a matrix of the model."""
         if node.target is LINEAR:
             return _read_turned(node, program)
+        if node.target is aten.inner.default and node.args[1].meta["val"].ndim == 2:  # type: ignore[union-attr]
+            found = weight_behind(node.args[1], program)
+            return _Product(node.args[0], found) if found is not None else None  # type: ignore[arg-type]
         if node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
             return _multiplied(node, node.args[0], node.args[1], None, program)
         if node.target is aten.addmm.default:
@@ -114,12 +118,13 @@ def _multiplied(
         return Decline("the weight stands on the left: it maps columns", node) if turned else None
     if not _from_input(x) or weight.meta["val"].ndim < 2:
         return None
-    if weight.meta["val"].ndim > 2:
-        return Decline("the weight is a batch of matrices", node)
     found = weight_behind(weight, program)
-    if found is None:
+    if found is None and weight.meta["val"].ndim == 2:
         return Decline(f"the weight is computed by {_operator(weight)}", node)
-    return _Product(x, found.transposed(), bias)
+    single = found.single() if found is not None else None
+    if single is None or x.meta["val"].ndim != node.meta["val"].ndim:
+        return Decline("the weight is a batch of matrices", node)
+    return _Product(x, single.transposed(), bias)
 
 
 def _added(node: fx.Node, program: Program) -> _Product | Decline | None:
@@ -153,16 +158,19 @@ def _operator(node: fx.Node) -> str:
 
 
 class LinearFromEinsum(_ToLinear):
-    """einsum("btn,nm->btm", x, W)  ->  linear(x, W')   any letters, operands in any order."""
+    """einsum("btn,nm->btm", x, W)  ->  linear(x, W')   any letters, operands in any order.
+
+    tensordot(x, W) over one dimension is such an einsum.
+    """
 
     name: ClassVar[str] = "linear-from-einsum"
 
     def read(self, node: fx.Node, program: Program) -> _Product | Decline | None:
         """A sum over one letter that a matrix of the model shares with x."""
-        if node.target is not aten.einsum.default or len(node.args[1]) != 2:  # type: ignore[arg-type]
+        equation, operands = _contraction(node)
+        if len(operands) != 2:
             return None
-        equation: str = node.args[0].replace(" ", "")  # type: ignore[union-attr]
-        (x, weight), turned = _input_first(node.args[1])
+        (x, weight), turned = _input_first(operands)
         if weight is None:
             return None
         terms, _, out = equation.partition("->")
@@ -171,6 +179,22 @@ class LinearFromEinsum(_ToLinear):
         if found is None or found.tensor.ndim != 2:
             return Decline(f"the einsum {equation} has no matrix of the model", node)
         return _contracted(node, x, axes, found, rows, out)
+
+
+def _contraction(node: fx.Node) -> tuple[str, Any]:
+    """The equation of an einsum or tensordot, and its operands; none of other calls."""
+    given: Any = node.args
+    if node.target is aten.einsum.default:
+        return given[0].replace(" ", ""), given[1]
+    if node.target is not aten.tensordot.default:
+        return "", ()
+    ranks = [operand.meta["val"].ndim for operand in given[:2]]
+    letters = string.ascii_lowercase
+    left, right = list(letters[: ranks[0]]), list(letters[ranks[0] : sum(ranks)])
+    for one, other in zip(given[2], given[3], strict=True):
+        right[other] = left[one]
+    out = [x for x in (*left, *right) if (x in left) != (x in right)]
+    return f"{''.join(left)},{''.join(right)}->{''.join(out)}", given[:2]
 
 
 def _input_first(operands: Any) -> tuple[tuple[fx.Node, fx.Node | None], bool]:

@@ -79,7 +79,12 @@ class Scores:
     def tensors(self) -> list[Placed]:
         """All that was met between product and softmax."""
         by_bias = [stretch for bias in self.biases for stretch in bias.stretches]
-        met = (*self.biases, *self.keeps, *self.stretches, *by_bias)
+        met: tuple[Bias | Keep | Stretch, ...] = (
+            *self.biases,
+            *self.keeps,
+            *self.stretches,
+            *by_bias,
+        )
         return [part.tensor for part in met]
 
     def mask(self, program: Program, layout: Layout, dtype: torch.dtype) -> fx.Node | None:

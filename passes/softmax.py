@@ -122,8 +122,10 @@ def _reduced(node: fx.Node, operator: Any) -> tuple[fx.Node, int] | None:
         node = peel(node.args[0], CASTS)
     if node.target is not operator:
         return None
+    source: Any
+    dims: Any
     source, dims = node.args[:2]
-    if not isinstance(source, fx.Node) or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
     rank = source.meta["val"].ndim
     dim = int(dims[0]) % rank

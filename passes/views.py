@@ -64,7 +64,7 @@ def _kept_dimensions(node: fx.Node, source: fx.Node) -> list[int]:
         assert isinstance(given, int)
         place = given % (rank + 1)
         return [*range(place), -1, *range(place, rank)]
-    named = {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}  # type: ignore[operator]
+    named = {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}
     gone = {dim for dim in named if str(source.meta["val"].shape[dim]) == "1"}
     return [dim for dim in range(rank) if dim not in gone]
 

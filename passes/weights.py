@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxpress.passes.dataflow import captured
 from fxpress.program import Program, alias_parameter, attribute
 
 __all__ = ["VIEWS", "Weight", "place", "readers", "same_layout", "weight_behind"]
@@ -25,6 +26,7 @@ _LAYOUTS = VIEWS | {
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
+    aten.expand.default,
     aten.alias.default,
     aten.contiguous.default,
     aten.clone.default,
@@ -48,6 +50,15 @@ class Weight:
         """The same matrix with inputs and outputs exchanged."""
         return Weight(self.source, self.tensor.t())
 
+    def single(self) -> Weight | None:
+        """The matrix that a batch of matrices repeats; None where they differ."""
+        tensor = self.tensor
+        while tensor.ndim > 2:
+            if tensor.shape[0] != 1 and tensor.stride(0) != 0:
+                return None
+            tensor = tensor[0]
+        return Weight(self.source, tensor)
+
     def flat(self) -> Weight:
         """The kernel of a convolution of width one as a matrix."""
         return Weight(self.source, self.tensor.flatten(1))
@@ -65,7 +76,8 @@ def weight_behind(node: Any, program: Program) -> Weight | None:
     storage = tensor.untyped_storage().data_ptr()
     for step in reversed(steps):
         if step.target not in _COPIES:
-            tensor = step.target(tensor, *step.args[1:])  # type: ignore[operator]
+            given = fx.map_arg(step.args[1:], lambda size: captured(size.meta["val"]))
+            tensor = step.target(tensor, *given)  # type: ignore[operator]
     return Weight(node, tensor) if tensor.untyped_storage().data_ptr() == storage else None
 
 

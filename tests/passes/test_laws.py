@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_kept(kind: type[Pass], drawn: Drawn) -> None:
     apply(kind, program)
     assert_equivalent(program, model, call, exactness=kind.exactness)
     reference = Gradients(model)
-    assert_equivalent(_gradients_of(program, model), reference, call, exactness=kind.exactness)
+    assert_equivalent(gradients_of(program, model), reference, call, exactness=kind.exactness)
 
 
 @each_pass
@@ -106,7 +106,7 @@ def _gradients(function: Callable[..., Any], of: Sequence[Tensor], call: Any) ->
         return list(torch.autograd.grad(loss, of, materialize_grads=True))
 
 
-def _gradients_of(program: Program, model: nn.Module) -> Callable[..., list[Tensor]]:
+def gradients_of(program: Program, model: nn.Module) -> Callable[..., list[Tensor]]:
     """Gradients of a program, in the places of the model's parameters that share the storage."""
     ours = list(program.graph_module.parameters())
 
