@@ -145,7 +145,17 @@ def format_node(node: fx.Node) -> str:
     arguments += [f"{key}={_format_argument(a)}" for key, a in node.kwargs.items()]
     path = module_path(node)
     where = f"  # {path}" if path else ""
-    return f"{head} = {_format_target(node)}({', '.join(arguments)}){where}"
+    body = ""
+    if str(node.target) == "fxpress.recurrence.default":
+        arguments[-1], body = "cell", _format_cell(node.args[-1])
+    return f"{head} = {_format_target(node)}({', '.join(arguments)}){where}{body}"
+
+
+def _format_cell(text: Any) -> str:
+    """The step of a recurrence, on lines of its own."""
+    from fxpress.ops.recurrence import Cell
+
+    return "".join(f"\n    {line}" for line in str(Cell.read(text)).splitlines())
 
 
 @dataclass

@@ -1,0 +1,344 @@
+"""`roll-recurrence`: loops over time become one node, and compute and train what they did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor, nn
+
+from fxpress import zoo
+from fxpress.capture import capture
+from fxpress.passes.roll_recurrence import RECURRENCE, RollRecurrence
+from fxpress.program import Program
+from fxpress.rewrite import PassContext, PassRecord
+from fxpress.testing import assert_equivalent
+from fxpress.verify import verify
+
+B, D, T = 2, 4, 5
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weights are not part of single contiguous")
+
+
+def rolled(model: nn.Module, *args: Any) -> tuple[Program, PassRecord]:
+    """The program of a call, with its loops rolled and verified."""
+    torch.manual_seed(0)
+    program = capture(model.eval(), args)
+    before = program.copy()
+    record = RollRecurrence().run(program, PassContext())
+    verify(program, "roll-recurrence", before)
+    return program, record
+
+
+def steps_of(program: Program) -> list[int]:
+    """The number of steps of every recurrence of a graph."""
+    return [node.args[4] for node in program.calls(RECURRENCE)]  # type: ignore[misc]
+
+
+class Cell(nn.Module):
+    """A cell of several operators: h <- tanh(W x + U h) * gate + h."""
+
+    def __init__(self, width: int = D) -> None:
+        super().__init__()
+        self.of_input = nn.Linear(width, 2 * width)
+        self.of_state = nn.Linear(width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        new, gate = (self.of_input(x) + self.of_state(h)).chunk(2, -1)
+        return torch.tanh(new) * torch.sigmoid(gate) + h
+
+
+class Loop(nn.Module):
+    """A loop over time whose body is given: `step(model, t, x, h) -> h`."""
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.cell, self.step = Cell(), step
+        self.first = nn.Parameter(torch.randn(D))
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, outputs = self.first.expand(x.shape[0], D), []
+        for t in range(x.shape[1]):
+            h = self.step(self, t, x, h)
+            outputs.append(h)
+        return torch.stack(outputs, 1), h
+
+
+def forwards(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h)
+
+
+def backwards(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, x.shape[1] - 1 - t], h)
+
+
+def every_other(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) + x[:, x.shape[1] - 1 - t]
+
+
+def narrow(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t : t + 1], h[:, None])[:, 0]
+
+
+def unbound(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x.unbind(1)[t], h)
+
+
+def transposed(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return torch.tanh(x[:, t] @ model.cell.of_input.weight[:D].t() + h)
+
+
+@pytest.mark.parametrize("step", [forwards, backwards, every_other, narrow, unbound, transposed])
+def test_a_loop_becomes_one_node(step: Any, assert_same_gradients: Any) -> None:
+    model, x = Loop(step), torch.randn(B, T, D)
+    program, record = rolled(model, x)
+    assert steps_of(program) == [T]
+    assert record.counts() == {"roll-loop": 1}
+    assert record.rewrites[0].detail["steps"] == T
+    assert "fixed" in record.rewrites[0].detail["length"]
+    assert not record.declined
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class EagerRecurrence(nn.Module):
+    """A cell of torch in a loop of Python, forwards or backwards."""
+
+    def __init__(self, cell: Any, reverse: bool = False, layers: int = 1) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cell(D, D) for _ in range(layers))
+        self.reverse = reverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = range(len(x))[:: -1 if self.reverse else 1]
+        states: list[Any] = [None] * len(self.cells)
+        outputs = [x[0]] * len(x)
+        for t in order:
+            y = x[t]
+            for layer, cell in enumerate(self.cells):
+                states[layer] = cell(y, states[layer])
+                y = states[layer][0] if isinstance(states[layer], tuple) else states[layer]
+            outputs[t] = y
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, None])
+def test_cells_of_torch(cell: Any, layers: int, reverse: bool, assert_same_gradients: Any) -> None:
+    def additive(*_sizes: int) -> nn.Module:
+        return Additive()
+
+    model, x = EagerRecurrence(cell or additive, reverse, layers), torch.randn(8, B, D)
+    program, _ = rolled(model, x)
+    # A state made in the shape of what the first step computed is made by that step alone.
+    assert steps_of(program) == [7 if cell is None and layers > 1 else 8]
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class Additive(Cell):
+    """A cell that is given no state at the first step."""
+
+    def forward(self, x: Tensor, h: Tensor | None) -> Any:
+        return super().forward(x, torch.zeros_like(x) if h is None else h)
+
+
+@pytest.mark.parametrize("lambda_", [0, 1])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rotational_units(lambda_: int, batch_first: bool, assert_same_gradients: Any) -> None:
+    model = zoo.RUM(3, D, 2, lambda_, eta=1.0, batch_first=batch_first)
+    x = torch.randn(T, B, 3)
+    program, _ = rolled(model, x)
+    assert steps_of(program) == ([B] if batch_first and B >= 3 else [] if batch_first else [T, T])
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+def now_and_then(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    h = model.cell(x[:, t], h)
+    return h.relu() if t % 6 == 5 else h
+
+
+def test_what_is_done_every_so_many_steps_parts_the_loop(assert_same_gradients: Any) -> None:
+    model, x = Loop(now_and_then), torch.randn(B, 16, D)
+    program, record = rolled(model, x)
+    assert steps_of(program) == [6, 6, 4]
+    assert any("bodies differ at step 5" in d.reason for d in record.declined)
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class Bidirectional(nn.Module):
+    """Two loops whose outputs are joined step by step, and layers of them, over lists."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        widths = [D] + [2 * D] * (layers - 1)
+        self.there = nn.ModuleList(nn.LSTMCell(width, D) for width in widths)
+        self.back = nn.ModuleList(nn.LSTMCell(width, D) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ys = list(x.unbind(1))
+        for there, back in zip(self.there, self.back, strict=True):
+            forwards = self._run(there, ys)
+            backwards = self._run(back, ys[::-1])[::-1]
+            ys = [torch.cat(pair, -1) for pair in zip(forwards, backwards, strict=True)]
+        return torch.stack(ys, 1)
+
+    def _run(self, cell: nn.Module, xs: list[Tensor]) -> list[Tensor]:
+        h = c = xs[0].new_zeros(len(xs[0]), D)
+        outputs = []
+        for x in xs:
+            h, c = cell(x, (h, c))
+            outputs.append(h)
+        return outputs
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_bidirectional_layers(layers: int, assert_same_gradients: Any) -> None:
+    model, x = Bidirectional(layers), torch.randn(B, T, D)
+    program, _ = rolled(model, x)
+    assert steps_of(program) == [T] * (3 * layers)  # there, back, and the pairs
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+def two_back(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    """Reads the state of two steps before, which it keeps by itself."""
+    model.kept = [h, h] if t == 0 else [model.kept[1], h]
+    return model.cell(x[:, t], h) + model.kept[0]
+
+
+def test_a_state_of_two_steps_before(assert_same_gradients: Any) -> None:
+    model, x = Loop(two_back), torch.randn(B, 8, D)
+    program, _ = rolled(model, x)
+    assert steps_of(program)[0] >= 6
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+# Near misses -------------------------------------------------------------------------------------
+
+
+def differs(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t].relu() if t == 2 else x[:, t], h)
+
+
+def counts(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) * (t + 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (differs, "bodies differ at step 2: %relu calls aten.relu.default"),
+        (counts, "computes with 2, which counts the steps"),
+    ],
+)
+def test_steps_that_differ_are_declined(step: Any, reason: str) -> None:
+    model, x = Loop(step), torch.randn(B, T, D)
+    program, record = rolled(model, x)
+    assert not steps_of(program)
+    assert any(reason in decline.reason for decline in record.declined), record.declined
+    assert all(__file__ in decline.source for decline in record.declined)
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+def test_layers_after_each_other_are_no_loop() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(6):
+                x = torch.relu(self.layer(x))
+            return x
+
+    program, record = rolled(Shared(), torch.randn(B, D))
+    assert not steps_of(program)
+    assert not record.rewrites
+    assert not record.declined
+
+
+# Generated cells ---------------------------------------------------------------------------------
+
+UNARY: list[Any] = [torch.tanh, torch.sigmoid, torch.relu, torch.neg, lambda v: v * 0.5]
+BINARY: list[Any] = [torch.add, torch.mul, torch.sub, torch.maximum, lambda a, _b: a]
+
+
+class Drawn(nn.Module):
+    """A loop with a drawn body: each operator reads values before it; some are handed on."""
+
+    def __init__(self, ops: list[tuple[int, int, int]], states: int, how: int) -> None:
+        super().__init__()
+        self.ops, self.states, self.how = ops, states, how
+        self.weight = nn.Parameter(torch.randn(D, D) / D)
+        self.start = nn.Parameter(torch.randn(states, B, D))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        state, outputs = list(self.start.unbind(0)), []
+        for t in range(len(x)):
+            values = [x[t] @ self.weight, *state]
+            for kind, left, right in self.ops:
+                a, b = values[left % len(values)], values[right % len(values)]
+                made = UNARY[kind](a) if kind < len(UNARY) else BINARY[kind - len(UNARY)](a, b)
+                values.append(made)
+            state = values[-self.states :]
+            outputs.append(state[0] + values[0])
+        joined = torch.stack(outputs, 1) if self.how else torch.cat(outputs, 0)
+        return joined, *state, outputs[len(x) // 2]
+
+
+OPS = st.tuples(st.integers(0, len(UNARY) + len(BINARY) - 1), st.integers(0, 9), st.integers(0, 9))
+few = settings(
+    max_examples=25,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@given(
+    st.lists(OPS, min_size=2, max_size=6), st.integers(1, 2), st.integers(0, 1), st.integers(4, 9)
+)
+@few
+def test_drawn_cells(
+    assert_same_gradients: Any, ops: Any, states: int, how: int, steps: int
+) -> None:
+    torch.manual_seed(steps)
+    model, x = Drawn(ops, states, how), torch.randn(steps, B, D)
+    program, _ = rolled(model, x)
+    again = str(program)
+    assert not RollRecurrence().run(program, PassContext()).rewrites
+    assert str(program) == again
+    assert sum(steps_of(program)) >= steps - 2
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+# Time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timing
+def test_512_steps_take_seconds_and_twice_the_steps_twice_the_time() -> None:
+    def seconds(steps: int) -> float:
+        captured = capture(Loop(forwards), (torch.randn(B, steps, D),))
+        taken = []
+        for _ in range(3):
+            program = captured.copy()
+            start = time.perf_counter()
+            RollRecurrence().run(program, PassContext())
+            taken.append(time.perf_counter() - start)
+            assert steps_of(program) == [steps]
+        return min(taken)
+
+    half, whole = seconds(256), seconds(512)
+    assert whole < 5
+    assert whole < 3 * half
