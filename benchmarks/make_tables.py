@@ -58,6 +58,17 @@ the causal cells dropped, `judge="off"`. `benchmarks/prefill.py`.
 |---|---|---|---|---|---|---|
 """
 
+WIDE = """
+### A wide model, bf16, batch 1
+
+{layers} residual feed-forward blocks of 2,048 x {hidden:,} and a vocabulary projection to {vocabulary:,}
+(`zoo:wide`, drawn weights), each form as one CUDA graph. As decided: what `optimize` keeps by itself
+when any quality will do. `benchmarks/wide.py`.
+
+| form | MB of parameters | ms | speed-up |
+|---|---|---|---|
+"""
+
 
 CPU = """
 ## CPU, one thread, float32
@@ -131,6 +142,18 @@ def prefill_line(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def wide_lines(rows: dict[str, Any]) -> list[str]:
+    """The table of the wide model."""
+    dense, lines = rows["dense"].get("ms"), []
+    for name, row in rows.items():
+        if "ms" not in row:
+            lines.append(f"| {name} | {row['error']} | | |")
+            continue
+        gain = "–" if dense is None else f"{dense / row['ms']:.2f}x"
+        lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {row['ms']:.3f} | {gain} |")
+    return lines
+
+
 def section(results: dict[str, Any]) -> str:
     """Everything measured on one device."""
     facts = results["environment"]
@@ -153,6 +176,8 @@ def section(results: dict[str, Any]) -> str:
         text += f"\n{len(factored['not_measured'])} rows were not measured: no time left.\n"
     lines = [prefill_line(result) for result in results.get("prefill", {}).get("rows", [])]
     text += PREFILL + "\n".join(lines) + "\n" if lines else ""
+    if wide := results.get("wide"):
+        text += WIDE.format(**wide["sizes"]) + "\n".join(wide_lines(wide["rows"])) + "\n"
     return text
 
 

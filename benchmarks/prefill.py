@@ -51,13 +51,13 @@ def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def timed(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def timed(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Median and quantiles in ms of one call, as a CUDA graph."""
     from triton.testing import do_bench
 
     def run() -> Any:
         with torch.no_grad():
-            return model(**batch)
+            return model(*args, **kwargs)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -82,7 +82,7 @@ def measure_row(length: int) -> dict[str, Any]:
     pruned = fxpress.optimize(model, batches, config=config, judge="off", progress=False)
     ledger = pruned.passes["prune-attention"].ledger
     forms = {"original": model, "dense": pruned.without("prune-attention"), "pruned": pruned}
-    times = {name: attempt(partial(timed, form, batches[0])) for name, form in forms.items()}
+    times = {name: attempt(partial(timed, form, **batches[0])) for name, form in forms.items()}
     return {
         "length": length,
         "sites": len(ledger),
