@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +27,9 @@ from fxpress.passes.dataflow import argument, is_noop, mask_factors, sizes
 from fxpress.passes.layouts import Layout, Placed, four, layout_of, restored, same_batch
 from fxpress.passes.probabilities import UNCHANGED, Moved, Probabilities, moved, probabilities_of
 from fxpress.passes.products import Product, Strided, product
-from fxpress.passes.score_walk import scores_of
+from fxpress.passes.score_walk import Way, scores_of
 from fxpress.passes.scores import Bias, Keep, Scores, changed, settled
-from fxpress.passes.softmax import Softmax, is_cast, softmax_of
+from fxpress.passes.softmax import Softmax, divided_late, is_cast, softmax_of
 from fxpress.passes.views import VIEWS
 from fxpress.program import Program
 from fxpress.rewrite import Decline, Rewrite, RewritePass
@@ -45,6 +45,7 @@ _POINTWISE = {
     aten.add.Tensor,
     aten.sub.Tensor,
     aten.pow.Tensor_Scalar,
+    aten.square.default,
     aten.masked_fill.Scalar,
     aten.where.self,
     aten.where.ScalarSelf,
@@ -217,6 +218,8 @@ class FuseSoftmax(Rewrite):
 
     def match(self, node: fx.Node, program: Program) -> _Attention | Decline | None:
         """A product whose left operand comes from a softmax over the dimension it sums."""
+        if (late := divided_late(node)) is not None:
+            return late if isinstance(late, Decline) else _divided(*late, node, program)
         values = product(node)
         if values is None:
             return None
@@ -244,13 +247,24 @@ class FuseSoftmax(Rewrite):
         return match.build(program)
 
 
+def _divided(
+    inner: fx.Node, softmax: Softmax, node: fx.Node, program: Program
+) -> _Attention | Decline | None:
+    """The attention that ends in a division by the sum of exponentials."""
+    values = product(inner)
+    if values is None or values.left.order is not None:
+        return None
+    found = Probabilities(softmax, Way(None))
+    return _attended(found, replace(values, node=node), program)
+
+
 def _attended(
     found: Probabilities, values: Product, program: Program
 ) -> _Attention | Decline | None:
     """The attention that ends in a product with v, whose left operand is a softmax."""
     softmax, way = found.softmax, found.way
     places = way.order or tuple(range(softmax.node.meta["val"].ndim))
-    scores = scores_of(program, softmax.scores, way)
+    scores = scores_of(program, softmax, way)
     if softmax.dim != places[-1]:
         if isinstance(scores, Decline):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from fxpress.passes.indicators import affine, is_indicator, same_value
 from fxpress.passes.layouts import Placed
 from fxpress.passes.products import Product, Strided, product
 from fxpress.passes.scores import Bias, Keep, Scores, Stretch
-from fxpress.passes.softmax import is_cast
+from fxpress.passes.softmax import Softmax, is_cast
 from fxpress.passes.views import VIEWS, is_view, turned
 from fxpress.program import Program
 from fxpress.rewrite import Decline
@@ -315,15 +316,29 @@ class _Walk:
         return operand, 1.0
 
 
-def scores_of(program: Program, node: fx.Node, way: Way) -> Scores | Decline:
+def scores_of(program: Program, softmax: Softmax, way: Way) -> Scores | Decline:
     """The scores that a softmax is taken of.
 
     Args:
-        program: the program of the node.
-        node: input of the softmax.
+        program: the program of the softmax.
+        softmax: the softmax.
         way: the way to it; only its dimensions count.
     """
-    return _Walk(program).back(node, Way(way.order, way.whole))
+    walk, way = _Walk(program), Way(way.order, way.whole)
+    if softmax.cut is None:
+        return walk.back(softmax.scores, way)
+    keep = _cut_by(softmax.cut, way, walk.constants)
+    if keep is None:
+        return Decline("exponentials are changed before they are summed", softmax.node)
+    return walk.back(softmax.scores, way.kept(replace(keep, fill=-math.inf)))
+
+
+def _cut_by(cut: fx.Node, way: Way, constants: Constants) -> Keep | None:
+    """What is kept where exponentials are set to zero."""
+    if cut.target in FILLS:
+        return filled(cut, way, constants, 0.0)[1]
+    by = [n for n in cut.args if is_indicator(n, constants)]
+    return Keep(way.placed(by[0], cut), False, 0.0) if len(by) == 1 else None  # type: ignore[arg-type]
 
 
 def _places(found: Product, order: tuple[int, ...] | None) -> tuple[list[int], tuple[int, int]]:

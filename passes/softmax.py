@@ -1,14 +1,14 @@
 """The softmax that a node computes, by operator or written out.
 
     exp(x - m) / sum(exp(x - m)),  exp(x) * (1 / sum(exp(x))),  exp(log_softmax(x)),
-    exp(x - logsumexp(x))                          m of size one along the axis
+    exp(x - logsumexp(x)),  c exp(x) / sum(c exp(x))    m of size one along the axis
 
 What is the same along the axis changes nothing, whatever it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,20 @@ from torch import fx
 from fxpress.passes.dataflow import CASTS, argument, captured, is_noop, peel
 from fxpress.rewrite import Decline
 
-__all__ = ["Softmax", "is_cast", "softmax_of"]
+__all__ = ["Softmax", "divided_late", "is_cast", "softmax_of"]
 
 aten = torch.ops.aten
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 _MAXIMUM = (aten.amax.default, aten.max.dim)
+_CUTS = (
+    aten.mul.Tensor,
+    aten.masked_fill.Scalar,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)
 _TINY = 1e-7  # added to a sum of at least one, it is lost in float32
 
 
@@ -35,11 +42,13 @@ class Softmax:
         node: its result.
         scores: what it is taken of.
         dim: the axis, counted from the front.
+        cut: what sets some exponentials to zero before they are summed, or None.
     """
 
     node: fx.Node
     scores: fx.Node
     dim: int
+    cut: fx.Node | None = None
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -99,13 +108,31 @@ def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | No
         if not isinstance(number, (int, float)) or not isinstance(inner, fx.Node):
             return None
         added, total = float(number), peel(inner, CASTS)
-    dim = _summed(total, power)
+    dim, cut = _summed(total, power), None
+    if power.target in _CUTS:
+        inner = [n for n in power.args if isinstance(n, fx.Node) and n.target is aten.exp.default]
+        cut, power = (power, inner[0]) if len(inner) == 1 else (None, power)
     if power.target is not aten.exp.default or dim is None:
         return None
     scores, by_maximum = _shifted(power.args[0], dim)
-    if added and (added > _TINY or not by_maximum):
+    if added and (added > _TINY or not by_maximum or cut is not None):
         return Decline("something is added to the sum of a hand-written softmax", node)
-    return Softmax(node, scores, dim)
+    return Softmax(node, scores, dim, cut)
+
+
+def divided_late(node: fx.Node) -> tuple[fx.Node, Softmax] | Decline | None:
+    """(exp(x) @ v) / sum(exp(x)): the product, and the softmax that its left operand becomes."""
+    if node.op != "call_function" or node.target is not aten.div.Tensor:
+        return None
+    above, below = node.args
+    if not isinstance(above, fx.Node) or not isinstance(below, fx.Node) or len(above.users) > 1:
+        return None
+    power = above.args[0] if above.target in (aten.matmul.default, aten.bmm.default) else None
+    found = _normalized(node, power, below)
+    if not isinstance(found, Softmax) or not isinstance(power, fx.Node):
+        return found
+    is_last = found.dim == power.meta["val"].ndim - 1
+    return (above, replace(found, node=power)) if is_last else None
 
 
 def _summed(total: fx.Node, power: fx.Node) -> int | None:
