@@ -61,9 +61,9 @@ the causal cells dropped, `judge="off"`. `benchmarks/prefill.py`.
 WIDE = """
 ### A wide model, bf16, batch 1
 
-{layers} residual feed-forward blocks of 2,048 x {hidden:,} and a vocabulary projection to {vocabulary:,}
-(`zoo:wide`, drawn weights), each form as one CUDA graph. As decided: what `optimize` keeps by itself
-when any quality will do. `benchmarks/wide.py`.
+{layers} residual feed-forward blocks of 2,048 x {hidden:,} and a projection to a vocabulary of
+{vocabulary:,} (`zoo:wide`, drawn weights), each form as one CUDA graph. As decided: what `optimize`
+keeps by itself when any quality will do. `benchmarks/wide.py`.
 
 | form | MB of parameters | ms | speed-up |
 |---|---|---|---|
