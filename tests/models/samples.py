@@ -10,8 +10,20 @@ from torch import nn
 from fxpress import zoo
 from fxpress.zoo import registry
 from fxpress.zoo.pretrained import DownloadError
+from fxpress.zoo.trained import SHIPPED
 
-__all__ = ["build", "sample"]
+__all__ = ["NAMES", "build", "sample"]
+
+
+def _is_downloaded(name: str) -> bool:
+    """Whether its weights are neither random nor in the repository."""
+    return registry.entry(name).has_weights and not (SHIPPED / f"{name}.json").is_file()
+
+
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.pretrained] if _is_downloaded(name) else [])
+    for name in zoo.list_models()
+]
 
 
 def build(name: str, **sizes: Any) -> nn.Module:

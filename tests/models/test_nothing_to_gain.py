@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 
 import fxpress
-from fxpress import zoo
 from fxpress.testing import assert_equivalent
 from fxpress.zoo import registry
-from tests.models.samples import build, sample
+from tests.models.samples import NAMES, build, sample
 
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.pretrained] if registry.entry(name).has_weights else [])
-    for name in zoo.list_models()
-]
 # Fitting weights of some millions takes a minute: a slimmer one shows the same.
 SIZES = {"wide": {"layers": 1, "hidden": 256, "vocabulary": 256}}
 

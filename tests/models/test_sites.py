@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxpress import zoo
 from fxpress.capture import capture
 from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.sites import attention_sites
 from fxpress.rewrite import PassContext
-from fxpress.zoo import registry
-from tests.models.samples import build, sample
+from tests.models.samples import NAMES, build, sample
 from tests.passes.attention_count import AttentionCount
 
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.pretrained] if registry.entry(name).has_weights else [])
-    for name in zoo.list_models()
-]
 ATTEND = {
     "austen-transformer",
     "minilm",
