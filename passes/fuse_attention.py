@@ -225,8 +225,9 @@ class FuseSoftmax(Rewrite):
             return None
         nearest: Decline | None = None
         for side in (values, values.swapped()):
-            # Weights on the right are rarely probabilities, unless the order is that of letters.
-            tells = side is values or node.target is aten.einsum.default
+            # Weights on the right are rarely probabilities, unless the order is that of letters;
+            # those of a single row are as often those of experts.
+            tells = (side is values or node.target is aten.einsum.default) and not values.hides
             found = self._ends_in(side, program, tells)
             if isinstance(found, _Attention):
                 return found
@@ -282,24 +283,30 @@ def _attended(
 
 def _near_softmax(start: fx.Node) -> Decline | None:
     """Why what stands in front of the product with v is nearly, but not, a softmax."""
-    waiting, seen = [(start, _NEAR, False)], {start}
+    changed = Decline("probabilities are changed between softmax and the product with v", start)
+    mixed = Decline("heads are mixed between softmax and the product with v", start)
+    cut = Decline("the softmax has columns that no value belongs to (sinks)", start)
+    waiting, seen = [(start, _NEAR, changed)], {start}
     while waiting:
-        node, left, mixed = waiting.pop(0)
+        node, left, why = waiting.pop(0)
         if _is_softmax(node):
-            return _changed(start, mixed)
+            return why
         passes = is_noop(node) or is_cast(node) or node.target in VIEWS
-        mixes = node.target in _MIXING
-        if left and (passes or mixes or node.target in _POINTWISE | _REORDERING):
-            inputs = [n for n in node.all_input_nodes if n.op == "call_function" and n not in seen]
-            waiting += [(n, left - (not passes), mixed or mixes) for n in inputs]
-            seen |= set(inputs)
+        if node.target in _MIXING:
+            why = mixed
+        elif node.target is aten.slice.Tensor and _cuts_last(node):
+            why = cut
+        elif not passes and node.target not in _POINTWISE | _REORDERING:
+            continue
+        inputs = [n for n in node.all_input_nodes if n.op == "call_function" and n not in seen]
+        waiting += [(n, left - (not passes), why) for n in inputs if left]
+        seen |= set(inputs)
     return None
 
 
-def _changed(start: fx.Node, mixed: bool) -> Decline:
-    if mixed:
-        return Decline("heads are mixed between softmax and the product with v", start)
-    return Decline("probabilities are changed between softmax and the product with v", start)
+def _cuts_last(node: fx.Node) -> bool:
+    """Whether a slice is of the last dimension."""
+    return argument(node, 1, "dim", 0) in (-1, node.meta["val"].ndim - 1)
 
 
 def _is_softmax(node: fx.Node) -> bool:

@@ -117,6 +117,11 @@ class Product:
         """Number of dimensions of (..., N, M)."""
         return len(self.left.shape)
 
+    @property
+    def hides(self) -> bool:
+        """Whether the result does not show a single row or column."""
+        return self.order is not None and len(self.order) < self.rank
+
     def swapped(self) -> Product:
         """The same product of the transposed operands: (..., M, N)."""
         position = [*range(self.rank - 2), self.rank - 1, self.rank - 2]

@@ -20,6 +20,7 @@ from fxpress.program import Program
 from fxpress.rewrite import PassContext, PassRecord
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
+from tests.passes.handwritten import HANDWRITTEN
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -692,6 +693,7 @@ UNEQUAL = "batch sizes of queries, keys and values differ"
 
 def test_every_reason_is_hit() -> None:
     known = [*REFUSALS.values(), UNEQUAL, TWO_DYNAMIC]
+    known += [reason for _, _, reasons in HANDWRITTEN.values() for reason in reasons]
     for module in (fuse_attention, probabilities, score_walk, layouts, softmax):
         assert module.__file__ is not None
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):

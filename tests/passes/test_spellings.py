@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from fxpress.capture import capture
@@ -13,6 +15,7 @@ from fxpress.passes.sites import attention_sites, linear_sites
 from fxpress.rewrite import PassContext
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
+from tests.passes.handwritten import HANDWRITTEN, B, E, Model, N
 from tests.passes.spellings import FEATURES, WIDTH, Attention, Linear, attentions, linears
 from tests.passes.test_laws import Gradients, gradients_of
 
@@ -36,6 +39,21 @@ def test_every_attention_is_recognized_and_equal(
     verify(program, "fuse-attention", before)
     assert len(attention_sites(program)) == 1, record.declined
     assert not record.declined
+    assert not FuseAttention().run(program, PassContext()).rewrites
+    assert_equivalent(program, model, call)
+    assert_same_gradients(program.graph_module, model, call, None)
+
+
+@pytest.mark.parametrize("name", HANDWRITTEN)
+def test_what_is_written_by_hand(name: str, assert_same_gradients: Callable[..., None]) -> None:
+    body, count, reasons = HANDWRITTEN[name]
+    model, call = Model(body).eval(), (torch.randn(B, N, E),)
+    program = capture(model, call)
+    before = program.copy()
+    record = FuseAttention().run(program, PassContext())
+    verify(program, "fuse-attention", before)
+    assert len(attention_sites(program)) == count
+    assert [decline.reason for decline in record.declined] == reasons
     assert not FuseAttention().run(program, PassContext()).rewrites
     assert_equivalent(program, model, call)
     assert_same_gradients(program.graph_module, model, call, None)
