@@ -14,6 +14,7 @@ import io
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["Call", "capture", "capture_calls", "frozen", "kept_buffers"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
+
+_LEAST_LENGTH = 3  # a loop of fewer steps does not show that it is one
 
 aten = torch.ops.aten
 
@@ -95,7 +98,48 @@ def capture_calls(model: nn.Module, calls: Sequence[Call]) -> Program:
         raise CaptureError("the calls differ in their arguments; give all batches the same keys")
     chosen = max(canonical, key=_smallest_size)
     args, kwargs = chosen
-    return capture(model, args, kwargs, _dynamic(model, canonical, chosen))
+    program = capture(model, args, kwargs, _dynamic(model, canonical, chosen))
+    fixed = _fixed_length(program, canonical)
+    return program if fixed is None else _capture_lengths(model, canonical, fixed)
+
+
+def _fixed_length(program: Program, calls: Sequence[Call]) -> list[tuple[int, int]] | None:
+    """Inputs and dimensions of the one size that differs between calls but was fixed by export."""
+    leaves = [pytree.tree_leaves(call) for call in calls]
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for at, node in enumerate(program.placeholders):
+        column = [row[at] for row in leaves]
+        for dim in _varying(column):
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, int) or size.node.expr.is_number:
+                sizes = tuple(int(tensor.shape[dim]) for tensor in column)
+                found.setdefault(sizes, []).append((at, dim))
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _capture_lengths(
+    model: nn.Module, calls: Sequence[Call], fixed: Sequence[tuple[int, int]]
+) -> Program:
+    """Capture at the longest length, and beside it at the shortest and at the one above that.
+
+    A pass that finds the loop which fixed the length can make of these one of dynamic length.
+    """
+    at, dim = fixed[0]
+    lengths = [int(pytree.tree_leaves(call)[at].shape[dim]) for call in calls]
+    longest = calls[lengths.index(max(lengths))]
+    shapes = _dynamic(model, calls, longest, fixed)
+    program = capture(model, *longest, shapes)
+    least = max(min(lengths), _LEAST_LENGTH)
+    shorter = []
+    for length in sorted({n for n in (least, least + 1) if n < max(lengths)}):
+        leaves, structure = pytree.tree_flatten(longest)
+        for index, along in fixed:
+            leaves[index] = leaves[index].narrow(along, 0, length).contiguous()
+        try:
+            shorter.append(capture(model, *pytree.tree_unflatten(leaves, structure), shapes))
+        except CaptureError:
+            return program
+    return replace(program, shorter=tuple(shorter))
 
 
 def _smallest_size(call: Call) -> int:
@@ -104,10 +148,14 @@ def _smallest_size(call: Call) -> int:
     return min(sizes, default=0)
 
 
-def _dynamic(model: nn.Module, calls: Sequence[Call], chosen: Call) -> dict[str, Any] | None:
-    """Dimensions whose size differs between calls, in the form of `dynamic_shapes`."""
+def _dynamic(
+    model: nn.Module, calls: Sequence[Call], chosen: Call, fixed: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any] | None:
+    """Dimensions whose size differs between calls, less fixed ones, as `dynamic_shapes`."""
     leaves = [pytree.tree_leaves(call) for call in calls]
     marks = [_varying(column) for column in zip(*leaves, strict=True)]
+    for at, dim in fixed:
+        marks[at].pop(dim)
     if not any(marks):
         return None
     args, kwargs = _as_shapes(pytree.tree_structure(chosen), iter(marks))

@@ -109,6 +109,8 @@ class Pipeline:
         before = program.copy()
         start = time.perf_counter()
         try:
+            for shorter in program.shorter:
+                kind().run(shorter, replace(ctx, fuel=Fuel(ctx.fuel.left)))
             record = kind().run(program, ctx)
         except (PassError, AssertionError):
             raise

@@ -24,6 +24,7 @@ __all__ = [
     "alias_parameter",
     "attribute",
     "format_node",
+    "has_effect",
     "module_path",
     "source_line",
 ]
@@ -167,12 +168,15 @@ class Program:
         signature: how a call is bound to the graph's inputs.
         path: path of the captured module within the model; `""` for the model itself.
         untrainable: why gradients of this graph would be wrong, or `""`.
+        shorter: the same module captured at shorter lengths, the shortest first, where export
+            fixed a size that differs between calls; until the exact passes are through.
     """
 
     graph_module: fx.GraphModule
     signature: Signature
     path: str = ""
     untrainable: str = ""
+    shorter: tuple[Program, ...] = field(default=(), repr=False)
     _fresh: int = field(default=0, repr=False)
 
     @property
@@ -236,7 +240,7 @@ class Program:
 
     def finish(self) -> None:
         """Drop dead nodes, refresh metadata of new nodes, and compile the Python of the graph."""
-        self.graph.eliminate_dead_code(_has_effect)
+        self.graph.eliminate_dead_code(has_effect)
         self.refresh()
         self.graph_module.delete_all_unused_submodules()
         self._drop_unused_tensors()
@@ -294,7 +298,7 @@ class Program:
         return found
 
 
-def _has_effect(node: fx.Node) -> bool:
+def has_effect(node: fx.Node) -> bool:
     """As fx sees it, but that dropout at inference draws no random numbers."""
     is_idle = node.target is torch.ops.aten.dropout.default and node.args[2] is False
     return not is_idle and bool(node.is_impure())

@@ -27,7 +27,17 @@ from fxpress.program import source_line
 from fxpress.rewrite import Decline
 from fxpress.verify import mutates
 
-__all__ = ["Body", "Carried", "Local", "Made", "Shared", "Sliced", "body_of", "slice_of"]
+__all__ = [
+    "Body",
+    "Carried",
+    "Local",
+    "Made",
+    "Shared",
+    "Sliced",
+    "body_of",
+    "same_value",
+    "slice_of",
+]
 
 aten = torch.ops.aten
 
@@ -186,7 +196,7 @@ class _Column:
         for at, values in enumerate(zip(*(call.leaves for call in self.calls), strict=True)):
             if isinstance(values[0], fx.Node):
                 roles.append(self._operand(values))
-            elif all(_same(value, values[0]) for value in values):
+            elif all(same_value(value, values[0]) for value in values):
                 roles.append(values[0])
             else:
                 counters[at] = self._counter(at, values)
@@ -273,7 +283,8 @@ def _is_shared(body: Body, place: int, nodes: Sequence[fx.Node], steps: int) -> 
     return isinstance(given, Shared) and all(node is given.node for node in nodes[:steps])
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two plain values are the same, not a number included."""
     return type(a) is type(b) and (a == b or (a != a and b != b))  # noqa: PLR0124  (nan)
 
 

@@ -93,8 +93,7 @@ def calls_of(graph: fx.Graph) -> list[Call]:
     calls = []
     for node in graph.nodes:
         if node.op == "call_function" and not makes_constant(node):
-            leaves: list[Any] = []
-            structure = _laid_out((node.args, node.kwargs), leaves)
+            leaves, structure = arguments_of(node)
             number = numbers.setdefault(_key(node, leaves, structure), len(numbers))
             calls.append(Call(node, leaves, structure, number))
     counts = Counter(call.number for call in calls)
@@ -113,6 +112,13 @@ def _shapes_slice(node: fx.Node) -> bool:
     """Whether a call makes a constant in the shape of a slice, whatever is in that."""
     source = node.args[0] if node.args else None
     return node.target in _SHAPED and isinstance(source, fx.Node) and source.target in SLICERS
+
+
+def arguments_of(node: fx.Node) -> tuple[list[Any], Hashable]:
+    """The arguments of a call in a row, and how they were nested."""
+    leaves: list[Any] = []
+    structure = _laid_out((node.args, node.kwargs), leaves)
+    return leaves, structure
 
 
 def _laid_out(value: Any, leaves: list[Any]) -> Hashable:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,10 +27,11 @@ import fxpress.ops.recurrence  # noqa: F401  (defines the operator)
 from fxpress.ops.recurrence import Cell, Collected
 from fxpress.passes.roll_bodies import Body, Carried, Local, Made, Shared, Sliced, body_of
 from fxpress.passes.roll_completion import complete
+from fxpress.passes.roll_lengths import join_lengths
 from fxpress.passes.roll_misses import near_misses
 from fxpress.passes.roll_periods import LEAST_STEPS, Call, Run, calls_of, nested, periodic_runs
-from fxpress.program import Program, Provenance, module_path
-from fxpress.rewrite import Applied, Pass, PassContext, PassRecord
+from fxpress.program import Program, Provenance, has_effect, module_path
+from fxpress.rewrite import Applied, Decline, Fuel, Pass, PassContext, PassRecord
 from fxpress.testing import BITWISE, Exactness
 
 __all__ = ["RECURRENCE", "RollRecurrence"]
@@ -38,6 +39,9 @@ __all__ = ["RECURRENCE", "RollRecurrence"]
 aten = torch.ops.aten
 
 RECURRENCE = torch.ops.fxpress.recurrence.default
+
+RECURRENT = {RECURRENCE}
+"""Operators that run a whole recurrence."""
 
 _JOINS: dict[Any, str] = {aten.stack.default: "stack", aten.cat.default: "cat"}
 _MULTIPLES = 16  # a step may hold that many stretches that look alike, such as layers
@@ -65,8 +69,27 @@ class RollRecurrence(Pass):
             calls = calls_of(program.graph)
         left = set(program.graph.nodes)
         record.declined += [decline for decline in declined if decline.at in left]
+        if record.rewrites:
+            _select_rest(program)
         program.finish()
+        self._join_lengths(program, ctx, record)
         return record
+
+    def _join_lengths(self, program: Program, ctx: PassContext, record: PassRecord) -> None:
+        """Make the length dynamic, where it was captured at several and a loop fixed it."""
+        shorter, program.shorter = program.shorter, ()
+        if not shorter or not any(n.target in RECURRENT for n in program.graph.nodes):
+            return
+        for other in shorter:
+            self.run(other, replace(ctx, fuel=Fuel(ctx.fuel.left)))
+        found = join_lengths(program, shorter)
+        if isinstance(found, Decline):
+            record.declined.append(found)
+            return
+        length = f"dynamic: {found[0]} to {found[1]}, as captured"
+        record.rewrites = [
+            replace(r, detail={**r.detail, "length": length}) for r in record.rewrites
+        ]
 
 
 def _roll_once(
@@ -88,6 +111,26 @@ def _roll_once(
             program.refresh()
     record.rewrites += reversed(rolled)
     return bool(rolled)
+
+
+def _select_rest(program: Program) -> None:
+    """Read the few slices by themselves that are left of a tensor which was taken apart."""
+    program.graph.eliminate_dead_code(has_effect)
+    for unbind in program.calls(aten.unbind.int):
+        users = list(unbind.users)
+        dim = unbind.args[1] if len(unbind.args) > 1 else unbind.kwargs.get("dim", 0)
+        if len(users) == len(unbind.meta["val"]) or any(
+            user.target is not operator.getitem for user in users
+        ):
+            continue
+        for user in users:
+            args = (unbind.args[0], dim, user.args[1])
+            with program.graph.inserting_before(user):
+                select = program.graph.call_function(aten.select.int, args)
+            select.meta = dict(user.meta)
+            select.meta["provenance"] = Provenance("roll-recurrence", (user.name,))
+            user.replace_all_uses_with(select)
+            program.graph.erase_node(user)
 
 
 # Finding -----------------------------------------------------------------------------------------

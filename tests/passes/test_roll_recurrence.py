@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,8 +13,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 
+import fxpress
 from fxpress import zoo
-from fxpress.capture import capture
+from fxpress.capture import capture, capture_calls
+from fxpress.errors import ArtifactError, CaptureError
+from fxpress.ops.recurrence import Cell as Step
 from fxpress.passes.roll_recurrence import RECURRENCE, RollRecurrence
 from fxpress.program import Program
 from fxpress.rewrite import PassContext, PassRecord
@@ -128,8 +132,7 @@ class EagerRecurrence(nn.Module):
         return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("layers", "reverse"), [(1, True), (3, False)])
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, None])
 def test_cells_of_torch(cell: Any, layers: int, reverse: bool, assert_same_gradients: Any) -> None:
     def additive(*_sizes: int) -> nn.Module:
@@ -151,12 +154,11 @@ class Additive(Cell):
 
 
 @pytest.mark.parametrize("lambda_", [0, 1])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_rotational_units(lambda_: int, batch_first: bool, assert_same_gradients: Any) -> None:
-    model = zoo.RUM(3, D, 2, lambda_, eta=1.0, batch_first=batch_first)
-    x = torch.randn(T, B, 3)
+def test_rotational_units(lambda_: int, assert_same_gradients: Any) -> None:
+    model = zoo.RUM(3, D, 2, lambda_, eta=1.0, batch_first=bool(lambda_))
+    x = torch.randn(T, B, 3).transpose(0, lambda_)
     program, _ = rolled(model, x)
-    assert steps_of(program) == ([B] if batch_first and B >= 3 else [] if batch_first else [T, T])
+    assert steps_of(program) == [T, T]
     assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
     assert_same_gradients(program.graph_module, model, (x,), None)
 
@@ -298,7 +300,7 @@ class Drawn(nn.Module):
 
 OPS = st.tuples(st.integers(0, len(UNARY) + len(BINARY) - 1), st.integers(0, 9), st.integers(0, 9))
 few = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
@@ -342,3 +344,105 @@ def test_512_steps_take_seconds_and_twice_the_steps_twice_the_time() -> None:
     half, whole = seconds(256), seconds(512)
     assert whole < 5
     assert whole < 3 * half
+
+
+# Lengths -----------------------------------------------------------------------------------------
+
+
+def of_lengths(model: nn.Module, *calls: Any) -> tuple[Program, PassRecord]:
+    """The program of calls that differ in length, with its loops rolled and verified."""
+    program = capture_calls(model.eval(), [(call, {}) for call in calls])
+    before = program.copy()
+    record = RollRecurrence().run(program, PassContext())
+    verify(program, "roll-recurrence", before)
+    assert not program.shorter
+    return program, record
+
+
+def test_captures_of_several_lengths_become_one_of_dynamic_length(
+    assert_same_gradients: Any,
+) -> None:
+    model = Loop(every_other)
+    program, record = of_lengths(model, (torch.randn(3, 5, D),), (torch.randn(2, 9, D),))
+    assert record.rewrites[0].detail["length"] == "dynamic: 5 to 9, as captured"
+    for batch, length in ((2, 5), (3, 7), (4, 9)):
+        x = torch.randn(batch, length, D)
+        assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+        assert_same_gradients(program.graph_module, model, (x,), None)
+    for length in (4, 10):  # what the loop does there was not seen
+        with pytest.raises(CaptureError, match="captured with shape"):
+            program(torch.randn(2, length, D))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_loops_over_the_outputs_of_loops_take_every_length(layers: int) -> None:
+    model = Bidirectional(layers)
+    program, _ = of_lengths(model, (torch.randn(B, 4, D),), (torch.randn(B, 8, D),))
+    for length in range(4, 9):
+        x = torch.randn(B, length, D)
+        assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+def test_two_neighboring_lengths_are_enough() -> None:
+    model = Loop(narrow)
+    program, record = of_lengths(model, (torch.randn(B, 5, D),), (torch.randn(B, 6, D),))
+    assert "dynamic: 5 to 6" in record.rewrites[0].detail["length"]
+    for length in (5, 6):
+        x = torch.randn(B, length, D)
+        assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+def mean_of_steps(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) / x.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (now_and_then, "captures of other lengths have"),
+        (mean_of_steps, "captured at 4 and 9, recurrence computes with another cell"),
+    ],
+)
+def test_what_depends_on_the_length_keeps_it_fixed(step: Any, reason: str) -> None:
+    model, longest = Loop(step), torch.randn(B, 9, D)
+    program, record = of_lengths(model, (torch.randn(B, 4, D),), (longest,))
+    assert any(reason in decline.reason for decline in record.declined), record.declined
+    assert all("fixed" in rewrite.detail["length"] for rewrite in record.rewrites)
+    assert_equivalent(program, model, (longest,), exactness=RollRecurrence.exactness)
+
+
+# The whole way -----------------------------------------------------------------------------------
+
+
+def test_optimize_explain_and_the_artifact(tmp_path: Path) -> None:
+    model = EagerRecurrence(nn.GRUCell)
+    calls = [torch.randn(length, B, D) for length in (4, 6, 7, 5)]
+    optimized = fxpress.optimize(model, calls, judge="off")
+    record = optimized.passes["roll-recurrence"]
+    assert record.counts() == {"roll-loop": 1}
+    assert "dynamic: 4 to 7" in record.rewrites[0].detail["length"]
+    (rewrite,) = record.as_dict()["rewrites"]
+    assert rewrite["steps"] == 7
+    optimized.save(tmp_path / "model.fxpress")
+    loaded = fxpress.load(tmp_path / "model.fxpress")
+    for x in calls:
+        assert_equivalent(optimized, model, (x,), exactness=RollRecurrence.exactness)
+        assert_equivalent(loaded, model, (x,), exactness=RollRecurrence.exactness)
+
+
+def test_a_cell_may_call_only_what_an_artifact_may() -> None:
+    program, _ = rolled(Loop(forwards), torch.randn(B, T, D))
+    (node,) = program.calls(RECURRENCE)
+    text = node.args[5]
+    assert isinstance(text, str)
+    assert Step.read(text).text() == text
+    writes = text.replace("aten.tanh.default", "aten.tanh_.default")
+    loads = text.replace("aten.tanh.default", "torch.load")
+    for damaged in (writes, loads, text[:-1], "{}", text.replace('"x0"', '"y0"', 1)):
+        with pytest.raises(ArtifactError):
+            Step.read(damaged)
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    program, _ = rolled(Loop(every_other), torch.randn(B, T, D))
+    golden(str(program), "roll_recurrence.txt")
