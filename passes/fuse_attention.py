@@ -294,9 +294,10 @@ def _near_softmax(start: fx.Node) -> Decline | None:
         passes = is_noop(node) or is_cast(node) or node.target in VIEWS
         if node.target in _MIXING:
             why = mixed
-        elif node.target is aten.slice.Tensor and _cuts_last(node):
-            why = cut
-        elif not passes and node.target not in _POINTWISE | _REORDERING:
+        elif node.target in _POINTWISE | _REORDERING:
+            cuts = node.target is aten.slice.Tensor and _cuts_last(node)
+            why = cut if cuts else changed if why is cut else why
+        elif not passes:
             continue
         inputs = [n for n in node.all_input_nodes if n.op == "call_function" and n not in seen]
         waiting += [(n, left - (not passes), why) for n in inputs if left]

@@ -110,8 +110,8 @@ def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | No
         added, total = float(number), peel(inner, CASTS)
     dim, cut = _summed(total, power), None
     if power.target in _CUTS:
-        inner = [n for n in power.args if isinstance(n, fx.Node) and n.target is aten.exp.default]
-        cut, power = (power, inner[0]) if len(inner) == 1 else (None, power)
+        nodes = (n for n in power.args if isinstance(n, fx.Node))
+        cut, power = power, next((n for n in nodes if n.target is aten.exp.default), power)
     if power.target is not aten.exp.default or dim is None:
         return None
     scores, by_maximum = _shifted(power.args[0], dim)
@@ -129,8 +129,9 @@ def divided_late(node: fx.Node) -> tuple[fx.Node, Softmax] | Decline | None:
         return None
     power = above.args[0] if above.target in (aten.matmul.default, aten.bmm.default) else None
     found = _normalized(node, power, below)
-    if not isinstance(found, Softmax) or not isinstance(power, fx.Node):
+    if not isinstance(found, Softmax):
         return found
+    assert isinstance(power, fx.Node)
     is_last = found.dim == power.meta["val"].ndim - 1
     return (above, replace(found, node=power)) if is_last else None
 
