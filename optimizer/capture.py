@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fxpress.containers import register_containers
 from fxpress.errors import CaptureError
+from fxpress.ops.recurrent_layers import opaque_layers
 from fxpress.program import Program, alias_parameter, source_line
 from fxpress.signature import Signature
 from fxpress.verify import mutates, verify
@@ -69,7 +70,7 @@ def capture(
         raise CaptureError(f"{type(model).__name__} cannot be called like this: {error}") from error
     shapes = _by_name(model, cargs, ckwargs, dynamic_shapes)
     functions: list[str] = []
-    with frozen(model), _custom_functions(functions):
+    with frozen(model), _custom_functions(functions), opaque_layers():
         exported = _export(model, cargs, ckwargs, shapes)
     program = Program(_graph_module(exported), signature)
     _refuse_nested_graphs(model, program.graph)
@@ -128,7 +129,7 @@ def _capture_lengths(
     lengths = [int(pytree.tree_leaves(call)[at].shape[dim]) for call in calls]
     longest = calls[lengths.index(max(lengths))]
     shapes = _dynamic(model, calls, longest, fixed)
-    program = capture(model, *longest, shapes)
+    program = capture(model, longest[0], longest[1], shapes)
     least = max(min(lengths), _LEAST_LENGTH)
     shorter = []
     for length in sorted({n for n in (least, least + 1) if n < max(lengths)}):
@@ -136,7 +137,8 @@ def _capture_lengths(
         for index, along in fixed:
             leaves[index] = leaves[index].narrow(along, 0, length).contiguous()
         try:
-            shorter.append(capture(model, *pytree.tree_unflatten(leaves, structure), shapes))
+            args, kwargs = pytree.tree_unflatten(leaves, structure)
+            shorter.append(capture(model, args, kwargs, shapes))
         except CaptureError:
             return program
     return replace(program, shorter=tuple(shorter))

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxpress.capture import frozen
 from fxpress.config import OptimizeConfig
 from fxpress.cost import Hardware, attention_work, hardware_of, sparse_attention_work
-from fxpress.modelled import RECURRENCES, modelled_ms
+from fxpress.modelled import RECURRENCES, modelled_ms, sizes
 from fxpress.passes import all_passes
 from fxpress.passes.factor_forms import Form, Place, candidates
 from fxpress.passes.factor_settings import FactorVvmaConfig
@@ -200,6 +200,8 @@ def _canonicalize(captured: CapturedModel, found: Explanation) -> None:
             found.attention += [_refused(d, "attention") for d in record.declined]
         elif kind.name == "normalize-linear":
             found.matmuls += [_refused(d, "linear") for d in record.declined]
+        elif kind.name == "roll-recurrence":
+            found.recurrences += [_refused(d, "loop") for d in record.declined]
 
 
 def _refused(decline: Decline, kind: str) -> Site:
@@ -311,6 +313,5 @@ def _cheapest(place: Place) -> tuple[Form | None, float]:
 
 
 def _sizes(node: fx.Node) -> tuple[int, ...]:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return tuple(int(size) for size in source.meta["val"].shape)
+    """Sizes of the first tensor that a call reads."""
+    return sizes(node.all_input_nodes[0].meta["val"])

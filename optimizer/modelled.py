@@ -14,17 +14,26 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxpress.cost import Hardware, Work, attention_work, dense_work
+from fxpress.ops.recurrence import Cell
+from fxpress.ops.recurrent_layers import LAYERS, PACKED
 from fxpress.program import Program
 
-__all__ = ["RECURRENCES", "modelled_ms"]
+__all__ = ["RECURRENCES", "as_captured", "modelled_ms", "sizes"]
 
 aten = torch.ops.aten
 
+ROLLED = torch.ops.fxpress.recurrence.default
+
 RECURRENCES = {
-    aten.lstm.input: "lstm",
-    aten.gru.input: "gru",
-    aten.rnn_tanh.input: "rnn",
-    aten.rnn_relu.input: "rnn",
+    LAYERS["lstm"]: "lstm",
+    LAYERS["gru"]: "gru",
+    LAYERS["rnn_tanh"]: "rnn",
+    LAYERS["rnn_relu"]: "rnn",
+    PACKED["lstm"]: "packed lstm",
+    PACKED["gru"]: "packed gru",
+    PACKED["rnn_tanh"]: "packed rnn",
+    PACKED["rnn_relu"]: "packed rnn",
+    ROLLED: "loop",
 }
 """Operators that run a whole recurrence, and the names of their cells."""
 
@@ -45,18 +54,20 @@ def _work(node: fx.Node, hardware: Hardware) -> list[Work]:
         return []
     operands = [n.meta["val"] for n in node.all_input_nodes]
     if node.target is aten.linear.default:
-        x, (m, n) = operands[0], _sizes(operands[1])
-        return dense_work((m, n), math.prod(_sizes(x)[:-1]), x.dtype.itemsize)
+        x, (m, n) = operands[0], sizes(operands[1])
+        return dense_work((m, n), math.prod(sizes(x)[:-1]), x.dtype.itemsize)
     if node.target is aten.scaled_dot_product_attention.default and operands[0].ndim == 4:
         return _attention(node, hardware)
     moved = _bytes(operands) + _bytes(node.meta.get("val"))
+    if node.target is ROLLED:
+        return _rolled(node, hardware)
     if node.target in RECURRENCES:
         return _recurrence(node, moved)
     return [Work(_multiply_adds(node), moved)]
 
 
 def _attention(node: fx.Node, hardware: Hardware) -> list[Work]:
-    q, k, v = (_sizes(n.meta["val"]) for n in node.args[:3])  # type: ignore[union-attr]
+    q, k, v = (sizes(n.meta["val"]) for n in node.args[:3])  # type: ignore[union-attr]
     shape = (q[0], q[1], k[1], q[2], k[2], q[3], v[3])
     is_causal = bool(node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False))
     return attention_work(shape, is_causal, _dtype(node).itemsize, hardware)
@@ -64,12 +75,25 @@ def _attention(node: fx.Node, hardware: Hardware) -> list[Work]:
 
 def _recurrence(node: fx.Node, moved: int) -> list[Work]:
     """One product by all weights per step; batch and steps lie first, in either order."""
-    (steps, batch) = _sizes(node.args[0].meta["val"])[:2]  # type: ignore[union-attr]
-    if node.args[-1] is True:  # batch_first
+    is_packed = node.target in PACKED.values()
+    (steps, batch) = sizes(node.args[0].meta["val"])[:2]  # type: ignore[union-attr]
+    if is_packed:  # (rows, I): about as many steps as the largest batch leaves
+        steps = max(1, sizes(node.args[1].meta["val"])[0])  # type: ignore[union-attr]
+        batch = sizes(node.args[0].meta["val"])[0] // steps  # type: ignore[union-attr]
+    elif node.args[-1] is True:  # batch_first
         steps, batch = batch, steps
-    weights = [n.meta["val"] for n in pytree.tree_leaves(node.args[2]) if isinstance(n, fx.Node)]
-    products = sum(math.prod(_sizes(w)) for w in weights if w.ndim == 2)
+    flat = node.args[3 if is_packed else 2]
+    weights = [n.meta["val"] for n in pytree.tree_leaves(flat) if isinstance(n, fx.Node)]
+    products = sum(math.prod(sizes(w)) for w in weights if w.ndim == 2)
     return [Work(batch * products, moved / max(steps, 1))] * steps
+
+
+def _rolled(node: fx.Node, hardware: Hardware) -> list[Work]:
+    """What the operators of one step cost, for every step."""
+    values: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
+    inputs, state, weights, sizes_read, steps, text = values
+    calls = Cell.read(text).on_step(inputs, state, weights, sizes_read)
+    return [work for call in calls for work in _work(call, hardware)] * as_captured(steps)
 
 
 def _multiply_adds(node: fx.Node) -> float:
@@ -95,8 +119,16 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes(value: Any) -> int:
-    return sum(math.prod(_sizes(t)) * t.dtype.itemsize for t in _tensors(value))
+    return sum(math.prod(sizes(t)) * t.dtype.itemsize for t in _tensors(value))
 
 
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.shape)
+def sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Sizes of a tensor: dynamic ones as captured, two where only the data decides."""
+    return tuple(as_captured(size) for size in tensor.shape)
+
+
+def as_captured(size: Any) -> int:
+    """A size as captured; asking a dynamic one for its value would make it that for good."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 2

@@ -10,7 +10,8 @@ by step. Layers within a step are one body, layers after each other one loop eac
 in time reads from the end. A loop that hands nothing on is rolled over the outputs of another one
 only, where it is the rest of a time step.
 
-Exactness: BITWISE. The operators are those of the loop, in their order.
+Exactness: BITWISE. The operators are those of the loop, in their order. Gradients are summed in
+another layout, so that they may round differently.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, fx
 
 import fxpress.ops.recurrence  # noqa: F401  (defines the operator)
 from fxpress.ops.recurrence import Cell, Collected
+from fxpress.ops.recurrent_layers import LAYERS, PACKED
 from fxpress.passes.roll_bodies import Body, Carried, Local, Made, Shared, Sliced, body_of
 from fxpress.passes.roll_completion import complete
 from fxpress.passes.roll_lengths import join_lengths
@@ -40,7 +42,7 @@ aten = torch.ops.aten
 
 RECURRENCE = torch.ops.fxpress.recurrence.default
 
-RECURRENT = {RECURRENCE}
+RECURRENT = {RECURRENCE, *LAYERS.values(), *PACKED.values()}
 """Operators that run a whole recurrence."""
 
 _JOINS: dict[Any, str] = {aten.stack.default: "stack", aten.cat.default: "cat"}

@@ -127,6 +127,27 @@ class Cell:
         lines += [f"{what} {', '.join(map(_shown, p))}" for what, p in parts.items() if p]
         return "\n".join(lines)
 
+    def on_step(
+        self,
+        inputs: Sequence[Tensor],
+        state: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        sizes: Sequence[Any],
+    ) -> list[fx.Node]:
+        """The calls of one step, with metadata for operands of these kinds (fake tensors)."""
+        first = [x.select(0, 0) for x in inputs]
+        values = iter((*first, *state, *weights, *sizes))
+        calls = []
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = next(values)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
+                if isinstance(node.target, torch._ops.OpOverload):
+                    calls.append(node)
+        return calls
+
     def text(self) -> str:
         """The cell as text, which `read` takes.
 

@@ -26,6 +26,7 @@ ATTENTION = ("operator", "matmul", "einsum", "merged", "baddbmm", "module", "wei
 MASKS = ("none", "causal by fill", "causal by where", "causal by sum", "padding", "both")
 SCALES = ("product", "quotient", "query", "key")
 LINEAR = ("module", "matmul", "addmm", "einsum", "convolution", "transposed")
+RECURRENT = ("loop", "loop back", "cells")
 OTHER = ("layer norm", "rms norm", "gelu", "silu gate", "wide convolution", "dropout", "experts")
 
 
@@ -69,7 +70,10 @@ def programs() -> st.SearchStrategy[Drawn]:
     )
     linear = st.builds(Layer, st.just("linear"), st.sampled_from(LINEAR), residual=st.booleans())
     other = st.builds(Layer, st.just("other"), st.sampled_from(OTHER), residual=st.booleans())
-    layers = st.lists(attention | linear | other, min_size=1, max_size=3).map(tuple)
+    recurrent = st.builds(
+        Layer, st.just("recurrent"), st.sampled_from(RECURRENT), residual=st.booleans()
+    )
+    layers = st.lists(attention | linear | recurrent | other, min_size=1, max_size=3).map(tuple)
     return st.builds(Drawn, layers, st.booleans(), st.integers(0, 7))
 
 
@@ -242,6 +246,29 @@ _ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Layer], Tensor]]
 }
 
 
+# Loops over time ---------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A recurrence in a loop of Python, written out or by a cell of torch."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.spelling = layer.spelling
+        self.cell = nn.GRUCell(E, E)
+        self.of_input, self.of_state = nn.Linear(E, E), nn.Linear(E, E, bias=False)
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        h, outputs = x.new_zeros(len(x), E), [x[:, 0]] * T
+        for t in range(T)[:: -1 if self.spelling == "loop back" else 1]:
+            if self.spelling == "cells":
+                h = self.cell(x[:, t], h)
+            else:
+                h = torch.tanh(self.of_input(x[:, t]) + self.of_state(h))
+            outputs[t] = h
+        return torch.stack(outputs, 1)
+
+
 # What stands between -----------------------------------------------------------------------------
 
 
@@ -286,5 +313,6 @@ class Other(nn.Module):
 _LAYERS: dict[str, Callable[[Layer], nn.Module]] = {
     "attention": Attention,
     "linear": Linear,
+    "recurrent": Recurrent,
     "other": Other,
 }

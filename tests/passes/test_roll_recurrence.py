@@ -10,8 +10,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxpress
 from fxpress import zoo
@@ -236,11 +238,17 @@ def counts(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     return model.cell(x[:, t], h) * (t + 1)
 
 
+def attends(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    q = model.cell(x[:, t], h).view(B, 1, 2, D // 2)
+    return F.scaled_dot_product_attention(q, q, q).reshape(B, D)
+
+
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
         (differs, "bodies differ at step 2: %relu calls aten.relu.default"),
         (counts, "computes with 2, which counts the steps"),
+        (attends, "a step holds attention, which is left to other passes"),
     ],
 )
 def test_steps_that_differ_are_declined(step: Any, reason: str) -> None:
@@ -272,7 +280,13 @@ def test_layers_after_each_other_are_no_loop() -> None:
 # Generated cells ---------------------------------------------------------------------------------
 
 UNARY: list[Any] = [torch.tanh, torch.sigmoid, torch.relu, torch.neg, lambda v: v * 0.5]
-BINARY: list[Any] = [torch.add, torch.mul, torch.sub, torch.maximum, lambda a, _b: a]
+BINARY: list[Any] = [
+    torch.add,
+    lambda a, b: torch.tanh(a * b),
+    torch.sub,
+    torch.maximum,
+    lambda a, _b: a,
+]
 
 
 class Drawn(nn.Module):
@@ -399,8 +413,11 @@ def mean_of_steps(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (now_and_then, "captures of other lengths have"),
-        (mean_of_steps, "captured at 4 and 9, recurrence computes with another cell"),
+        (now_and_then, "the length is fixed: captures of other lengths have"),
+        (
+            mean_of_steps,
+            "the length is fixed: captured at 4 and 9, recurrence computes with another cell",
+        ),
     ],
 )
 def test_what_depends_on_the_length_keeps_it_fixed(step: Any, reason: str) -> None:
@@ -409,6 +426,70 @@ def test_what_depends_on_the_length_keeps_it_fixed(step: Any, reason: str) -> No
     assert any(reason in decline.reason for decline in record.declined), record.declined
     assert all("fixed" in rewrite.detail["length"] for rewrite in record.rewrites)
     assert_equivalent(program, model, (longest,), exactness=RollRecurrence.exactness)
+
+
+# Layers of torch ---------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A recurrent layer of torch, over padded sequences or over packed ones."""
+
+    def __init__(self, kind: Any, packed: str = "", **options: Any) -> None:
+        super().__init__()
+        self.layer, self.packed = kind(D, D, **options), packed
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        if not self.packed:
+            return self.layer(x)
+        first = self.layer.batch_first
+        ordered = self.packed == "sorted"
+        y, state = self.layer(pack_padded_sequence(x, lengths, first, enforce_sorted=ordered))
+        total = x.shape[1 if first else 0] if self.packed == "total" else None
+        return pad_packed_sequence(y, first, total_length=total), state
+
+
+def batch_of(length: int, batch: int, first: bool) -> tuple[Tensor, Tensor]:
+    """Padded sequences and their lengths, the longest first."""
+    x = torch.randn(batch, length, D)
+    lengths = torch.arange(length, length - batch, -1).clamp(min=1)
+    return (x if first else x.transpose(0, 1).contiguous()), lengths
+
+
+@pytest.mark.parametrize("packed", ["", "sorted", "total"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"batch_first": True}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
+        (nn.GRU, {"num_layers": 2, "batch_first": True, "bias": False}),
+        (nn.RNN, {"bidirectional": True, "batch_first": True}),
+        (nn.RNN, {"nonlinearity": "relu"}),
+    ],
+)
+def test_layers_of_torch_take_every_length(
+    kind: Any, options: dict[str, Any], packed: str, assert_same_gradients: Any
+) -> None:
+    model = Layer(kind, packed, **options)
+    first = bool(options.get("batch_first"))
+    calls = [batch_of(length, batch, first) for length, batch in ((5, 3), (7, 2))]
+    program, record = of_lengths(model, *calls)
+    assert not record.rewrites
+    assert not record.declined
+    for call in (*calls, batch_of(11, 4, first)):
+        assert_equivalent(program, model, call, exactness=RollRecurrence.exactness)
+        assert_same_gradients(program.graph_module, model, call, None)
+
+
+def test_a_packed_layer_is_saved_and_explained(tmp_path: Path) -> None:
+    model = Layer(nn.GRU, "total", batch_first=True)
+    calls = [batch_of(length, 3, True) for length in (5, 7, 6, 5)]
+    optimized = fxpress.optimize(model, calls, judge="off")
+    optimized.save(tmp_path / "model.fxpress")
+    loaded = fxpress.load(tmp_path / "model.fxpress")
+    assert_equivalent(loaded, model, batch_of(8, 3, True), exactness=RollRecurrence.exactness)
+    (site,) = fxpress.explain(model, calls[0]).recurrences
+    assert (site.kind, site.recognised) == ("packed gru", True)
+    assert site.ms > 0
 
 
 # The whole way -----------------------------------------------------------------------------------
@@ -425,6 +506,9 @@ def test_optimize_explain_and_the_artifact(tmp_path: Path) -> None:
     assert rewrite["steps"] == 7
     optimized.save(tmp_path / "model.fxpress")
     loaded = fxpress.load(tmp_path / "model.fxpress")
+    (site,) = fxpress.explain(model, (calls[0],)).recurrences
+    assert (site.kind, site.recognised) == ("loop", True)
+    assert site.ms > 0
     for x in calls:
         assert_equivalent(optimized, model, (x,), exactness=RollRecurrence.exactness)
         assert_equivalent(loaded, model, (x,), exactness=RollRecurrence.exactness)
