@@ -110,7 +110,8 @@ def is_noop(node: fx.Node) -> bool:
         return True
     if node.target in CASTS:
         return bool(value.dtype == origin.dtype)
-    return node.target is aten.expand.default and bool(sizes(node) == sizes(source))
+    same = [str(size) for size in value.shape] == [str(size) for size in origin.shape]
+    return same and node.target in (aten.expand.default, aten.slice.Tensor)
 
 
 def peel(node: fx.Node, also: Iterable[Any] = ()) -> fx.Node:

@@ -300,6 +300,12 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         )
     ),
     (
+        "a convolution of patches is as fast as it is: its input would be copied",
+        lambda x, w, b: nn.functional.conv1d(x, w, b, stride=2),
+        ((M, N, 2), (M,)),
+        (B, N, 2 * T),
+    ),
+    (
         "a convolution of width one that strides",
         lambda x, w: nn.functional.conv1d(x, w, stride=2),
         ((M, N, 1),),
