@@ -5,9 +5,10 @@
 
     q (B, H, Nq, D), k (B, H, Nk, D), v (B, H, Nk, Dv), mask broadcasts to (B, H, Nq, Nk)
 
-The anchor is the product with v. From there the data flow is followed back over the softmax to the
-product of q and k, whatever stands in between: scales, masks, casts, views. A mask that is causal
-by value becomes the flag `is_causal`.
+The anchor is the product with v, or the division behind it by the sum of exponentials. From there
+the data flow is followed back to the softmax (`probabilities.py`) and on to the product of q and k
+(`score_walk.py`), whatever stands in between: scales, masks, casts, views. A mask that is causal by
+value becomes the flag `is_causal`.
 
 Exactness: REASSOCIATES. Where the probabilities are used elsewhere too (returned weights), they
 are still computed for that.
