@@ -14,7 +14,7 @@ from fxpress.testing import assert_equivalent
 
 
 class Gradients(nn.Module):
-    """The gradients of a module's outputs by the parameters of some names."""
+    """The gradients of a module's outputs by its inputs and the parameters of some names."""
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -24,13 +24,24 @@ class Gradients(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """A fixed combination of all outputs, differentiated."""
         with torch.enable_grad():
+            args, kwargs = pytree.tree_map(_followed, (args, kwargs))
+            inputs = [t for t in pytree.tree_leaves((args, kwargs)) if _is_float(t)]
             outputs = pytree.tree_leaves(self.module(*args, **kwargs))
             floats = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
             weights = [(torch.arange(t.numel()) % 7 - 3).view(t.shape).to(t.dtype) for t in floats]
             loss = sum((t * w).sum() for t, w in zip(floats, weights, strict=True))
             assert isinstance(loss, Tensor)
-            wanted = [self.module.get_parameter(name) for name in self.names]
+            wanted = inputs + [self.module.get_parameter(name) for name in self.names]
             return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _followed(value: Any) -> Any:
+    """A tensor whose gradient is followed, where it has one."""
+    return value.detach().requires_grad_() if _is_float(value) else value
 
 
 def _identity(parameter: nn.Parameter) -> tuple[int, torch.Size]:
