@@ -109,7 +109,7 @@ class Pipeline:
         before = program.copy()
         start = time.perf_counter()
         try:
-            for shorter in program.shorter:
+            for shorter in program.shorter if kind.phase == "canonicalize" else ():
                 kind().run(shorter, replace(ctx, fuel=Fuel(ctx.fuel.left)))
             record = kind().run(program, ctx)
         except (PassError, AssertionError):

@@ -12,7 +12,7 @@ from models import Branching, batches, stack
 from torch import Tensor, nn
 
 import fxpress
-from fxpress.capture import Call
+from fxpress.capture import Call, capture_calls
 from fxpress.errors import CaptureError
 from fxpress.regions import capture_model
 from fxpress.testing import BITWISE, assert_equivalent
@@ -279,3 +279,28 @@ def test_half_precision_and_padding(dtype: torch.dtype, need_weights: bool) -> N
     program = fxpress.capture(model, (x, x, x), call)
     assert model.training
     assert_equivalent(program, model.eval(), (x, x, x), call)
+
+
+class Summed(nn.Module):
+    """Sums over time in a loop, which fixes the length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x[0])
+        for step in x:
+            total = torch.tanh(total + step)
+        return total
+
+
+def test_a_length_that_export_fixes_is_captured_at_shorter_ones_too() -> None:
+    calls: list[Any] = [((torch.randn(n, b, 2),), {}) for n, b in ((9, 2), (5, 3), (7, 2))]
+    program = capture_calls(Summed(), calls)
+    lengths = [p.placeholders[0].meta["val"].shape[0] for p in (*program.shorter, program)]
+    assert lengths == [5, 6, 9]
+    assert program.copy().shorter == program.shorter
+    assert not capture_calls(Summed(), calls[:1]).shorter
+
+
+def test_a_length_that_stays_dynamic_is_captured_once() -> None:
+    model = nn.Linear(4, 2)
+    calls: list[Any] = [((torch.randn(n, 4),), {}) for n in (3, 5)]
+    assert not capture_calls(model, calls).shorter
