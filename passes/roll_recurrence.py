@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, fx
 
 import fxpress.ops.recurrence  # noqa: F401  (defines the operator)
+from fxpress.artifact_targets import target_name
+from fxpress.errors import ArtifactError
 from fxpress.ops.recurrence import Cell, Collected
 from fxpress.ops.recurrent_layers import LAYERS, PACKED
 from fxpress.passes.roll_bodies import Body, Carried, Local, Made, Shared, Sliced, body_of
@@ -108,11 +110,24 @@ def _roll_once(
     # From the back: what a loop reads is then still what was looked at.
     for _, body in sorted(found.items(), reverse=True):
         loop = _Loop(body)
-        if ctx.enabled(module_path(loop.first)) and ctx.fuel.burn():
+        if (reason := _unlisted(body)) is not None:
+            if all(decline.at is not loop.first for decline in record.declined):
+                record.declined.append(Decline(reason, loop.first))
+        elif ctx.enabled(module_path(loop.first)) and ctx.fuel.burn():
             rolled.append(loop.roll(program))
             program.refresh()
     record.rewrites += reversed(rolled)
     return bool(rolled)
+
+
+def _unlisted(body: Body) -> str | None:
+    """What of a step no cell may call: a cell is text, and calls operators on a list only."""
+    for column in body.columns:
+        try:
+            target_name(column[0].node.target)
+        except ArtifactError as error:
+            return f"a step holds what a recurrence cannot: {error}"
+    return None
 
 
 def _select_rest(program: Program) -> None:

@@ -230,6 +230,21 @@ def test_a_state_of_two_steps_before(assert_same_gradients: Any) -> None:
 # Near misses -------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("fxpress_test::own_step", mutates_args=())
+def own_step(x: Tensor) -> Tensor:
+    """An operator of a user, that no list knows."""
+    return x.tanh()
+
+
+@own_step.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def calls_its_own(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(own_step(x[:, t]), h)
+
+
 def differs(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     return model.cell(x[:, t].relu() if t == 2 else x[:, t], h)
 
@@ -249,6 +264,7 @@ def attends(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
         (differs, "bodies differ at step 2: %relu calls aten.relu.default"),
         (counts, "computes with 2, which counts the steps"),
         (attends, "a step holds attention, which is left to other passes"),
+        (calls_its_own, "a step holds what a recurrence cannot: 'fxpress_test.own_step.default'"),
     ],
 )
 def test_steps_that_differ_are_declined(step: Any, reason: str) -> None:
