@@ -23,6 +23,8 @@ _AND = {
     aten.mul.Tensor,
 }
 _OR = {aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default}
+_EQUAL = {aten.eq.Scalar, aten.eq.Tensor}
+_UNEQUAL = {aten.ne.Scalar, aten.ne.Tensor}
 _NOT = {aten.bitwise_not.default, aten.logical_not.default}
 _MOVES = VIEWS | {aten.expand.default, aten.transpose.int, aten.permute.default}
 _DEPTH = 12  # operations within which two nodes are found to compute the same
@@ -148,9 +150,10 @@ def _truth_of(node: fx.Node, constants: Constants) -> tuple[fx.Node, bool] | Non
         return source, False
     if node.target in _NOT or _is_complement(node):
         return source, True
-    if node.target in (aten.eq.Scalar, aten.ne.Scalar) and node.args[1] in (0, 1):
-        if is_indicator(source, constants):
-            return source, (node.target is aten.eq.Scalar) == (node.args[1] == 0)
-        if node.args[1] == 0:  # a number counts as true unless it is zero
-            return (source, False) if node.target is aten.ne.Scalar else (source, True)
+    if node.target in _EQUAL | _UNEQUAL and source is node.args[0]:
+        number, equal = constants.scalar(node.args[1]), node.target in _EQUAL
+        if number in (0, 1) and is_indicator(source, constants):
+            return source, equal == (number == 0)
+        if number == 0:  # a number counts as true unless it is zero
+            return source, equal
     return None

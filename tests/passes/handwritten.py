@@ -231,6 +231,18 @@ def sew_d_padded(m: Model, x: Tensor) -> Any:
 
 
 @attention()
+def cpm_mask_compared_with_a_tensor(m: Model, x: Tensor) -> Any:
+    keep = x[..., 0] > x[..., 0].mean(1, keepdim=True)
+    mask = keep[:, None, None, :] & keep[:, None, :, None]
+    q, k, v = m.heads(x)
+    s = (q @ k.mT) / 2
+    s = torch.masked_fill(s, mask == torch.tensor(False), torch.tensor(-torch.inf))
+    p = torch.softmax(s, -1)
+    p = torch.masked_fill(p, mask == torch.tensor(False), torch.tensor(0.0))
+    return merge(p @ v)
+
+
+@attention()
 def xsoftmax_one_mask(m: Model, x: Tensor) -> Any:
     keep = (x[..., 0] > x[..., 0].mean(1, keepdim=True))[:, None, None, :]
     q, k, v = m.heads(x)
