@@ -125,7 +125,7 @@ def kernel_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
     (p, q), k, r = site.tiles, site.block, site.terms
     one = whole_of(site, overlap=overlap)
     read = -(-site.batch // one.rows) * r * p * (q + k) * k * site.dtype.itemsize
-    few = r <= 2 or (r <= 4 and (site.batch == 1 or (site.batch <= 16 and q * k <= 1024)))
+    few = r <= 2 or (r <= 4 and (site.batch == 1 or q * k <= 2048))
     if not site.shared or (few and k <= 128 and read <= _REREAD):
         return one
     return sums_of(site, overlap=overlap)
@@ -291,7 +291,7 @@ def _sums(s: VvmaKernel, v_at: str) -> list[str]:
     v = _load(f"{v_at}{offset}", [f"{j} < {q}"] if q % s.width else [])
     x = _load(f"x_at{offset}", [f"at{offset} < {n}"] if n < padded else [])
     if once:
-        return [f"z = tl.sum({x} * {v}, 0)"]
+        return [f"z = tl.sum({v} * {x}, 0)"]
     sizes = {"j": s.width, "b": s.rows, "t": s.group, "c": s.block}
     shape = ", ".join(str(sizes[axis]) for axis in _axes(s))
     # Written out in a loop over terms, reads of x move out of it: more than registers hold.
@@ -301,7 +301,7 @@ def _sums(s: VvmaKernel, v_at: str) -> list[str]:
     return [
         f"z = tl.zeros(({shape}), tl.float32)",
         f"for start in {loop}(0, {q}, {s.width}):",
-        f"    z += {x} * {v}",
+        f"    z += {v} * {x}",
         "z = tl.sum(z, 0)",
     ]
 
@@ -325,16 +325,14 @@ def _tile(s: VvmaKernel) -> list[str]:
 def _multiply(s: VvmaKernel, step: str) -> list[str]:
     """Lines that add the terms of a step to y, (lanes) or (rows, lanes)."""
     core, v_at = f"m_at{step and ' + step * core_term'}", f"v_at{step}"
-    # Read first: no read moves up across the barriers of a sum.
     if _flat(s):
         return [f"m = {_load(core, [])}", *_sums(s, v_at), "y += tl.sum(m * z[None, :], 1)"]
     terms = f".reshape({s.rows}, {s.group * s.block})" if s.group > 1 else ""
     exact = ', input_precision="tf32x3"' if s.dtype == "float32" else ""
     return [
-        f"m = tl.load({core})",
         *_sums(s, v_at),
         f"z = z.to(tl.{s.dtype}){terms}",
-        f"y = tl.dot(z, m.T, y{exact})",
+        f"y = tl.dot(z, tl.load({core}).T, y{exact})",
     ]
 
 

@@ -19,10 +19,8 @@ PLAIN = VvmaSite(torch.bfloat16, 1, 64, 1, (64, 64), (4096, 4096))
 SITES = {
     "plain": PLAIN,
     "rows": replace(PLAIN, batch=8, bias=True, activation="gelu"),
-    "grouped": replace(PLAIN, batch=8, terms=4, tiles=(64, 16), features=(4096, 1024)),
-    "three_terms": replace(
-        PLAIN, batch=4, terms=3, tiles=(20, 20), features=(1280, 1280), shared=False
-    ),
+    "grouped": replace(PLAIN, batch=8, terms=4, tiles=(64, 32), features=(4096, 2048)),
+    "three_terms": replace(PLAIN, batch=4, terms=3, tiles=(20, 20), features=(1280, 1280)),
     "terms": replace(PLAIN, batch=8, terms=16, bias=True, activation="silu"),
     "ragged": replace(PLAIN, batch=32, tiles=(3, 141), features=(180, 9000), activation="relu"),
     "own_cores": replace(PLAIN, terms=4, shared=False),
