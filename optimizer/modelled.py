@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from fxpress.cost import Hardware, Work, attention_work, dense_work
 from fxpress.ops.recurrence import Cell
 from fxpress.ops.recurrent_layers import LAYERS, PACKED
+from fxpress.passes.dataflow import captured
 from fxpress.program import Program
 
-__all__ = ["RECURRENCES", "as_captured", "modelled_ms", "sizes"]
+__all__ = ["RECURRENCES", "modelled_ms", "sizes"]
 
 aten = torch.ops.aten
 
@@ -93,7 +94,7 @@ def _rolled(node: fx.Node, hardware: Hardware) -> list[Work]:
     values: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
     inputs, state, weights, sizes_read, steps, text = values
     calls = Cell.read(text).on_step(inputs, state, weights, sizes_read)
-    return [work for call in calls for work in _work(call, hardware)] * as_captured(steps)
+    return [work for call in calls for work in _work(call, hardware)] * captured(steps)
 
 
 def _multiply_adds(node: fx.Node) -> float:
@@ -124,11 +125,4 @@ def _bytes(value: Any) -> int:
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
     """Sizes of a tensor: dynamic ones as captured, two where only the data decides."""
-    return tuple(as_captured(size) for size in tensor.shape)
-
-
-def as_captured(size: Any) -> int:
-    """A size as captured; asking a dynamic one for its value would make it that for good."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.hint is not None else 2
+    return tuple(captured(size) for size in tensor.shape)

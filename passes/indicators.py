@@ -12,7 +12,7 @@ from fxpress.passes.dataflow import CASTS, Constants, is_noop
 from fxpress.passes.layouts import Placed
 from fxpress.passes.views import VIEWS
 
-__all__ = ["Condition", "affine", "conditions", "is_indicator", "same_value"]
+__all__ = ["Condition", "affine", "conditions", "is_indicator", "value_key"]
 
 aten = torch.ops.aten
 
@@ -54,19 +54,19 @@ def _is_complement(node: fx.Node) -> bool:
     return node.target is aten.sub.Tensor and bool(node.args[0] == 1) and not node.kwargs
 
 
-def same_value(node: Any, depth: int = _DEPTH) -> Any:
+def value_key(node: Any, depth: int = _DEPTH) -> Any:
     """What two nodes have in common that compute the same of the same."""
     if not isinstance(node, fx.Node):
         return str(node)
     source = node.args[0] if node.args else None
     if is_noop(node):
-        return same_value(source, depth)
+        return value_key(source, depth)
     pure = isinstance(node.target, torch._ops.OpOverload) and not (
         node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
     )
     if node.op != "call_function" or not pure or not depth:
         return node
-    parts = [[same_value(n, depth - 1) for n in _parts(given)] for given in node.args]
+    parts = [[value_key(n, depth - 1) for n in _parts(given)] for given in node.args]
     return (node.target, str(parts), str(node.kwargs))
 
 
@@ -75,12 +75,12 @@ def _parts(given: Any) -> Any:
 
 
 def affine(node: Any, constants: Constants) -> tuple[Any, float, float]:
-    """(of, a, b): a node is a * of + b, by what `same_value` says of `of`."""
+    """(of, a, b): a node is a * of + b, by what `value_key` says of `of`."""
     slope, offset = 1.0, 0.0
     while isinstance(node, fx.Node) and (step := _linear_step(node, constants)) is not None:
         node, factor, shift = step
         slope, offset = slope * factor, offset + slope * shift
-    return same_value(node), slope, offset
+    return value_key(node), slope, offset
 
 
 def _linear_step(node: fx.Node, constants: Constants) -> tuple[Any, float, float] | None:
@@ -138,7 +138,7 @@ def _factors(node: fx.Node, negated: bool, constants: Constants) -> list[tuple[A
         rest = str(node.args[1:])
         moved = _factors(inputs[0], negated, constants)
         return [((node.target, value, rest), flipped) for value, flipped in moved]
-    return [(same_value(node), negated)]
+    return [(value_key(node), negated)]
 
 
 def _truth_of(node: fx.Node, constants: Constants) -> tuple[fx.Node, bool] | None:

@@ -19,7 +19,7 @@ from fxpress.passes.dataflow import (
     is_noop,
     peel,
 )
-from fxpress.passes.indicators import affine, is_indicator, same_value
+from fxpress.passes.indicators import affine, is_indicator, value_key
 from fxpress.passes.layouts import Placed
 from fxpress.passes.products import Product, Strided, product
 from fxpress.passes.scores import Bias, Keep, Scores, Stretch
@@ -214,7 +214,7 @@ class _Walk:
             return _is_low_where(low * bias.factor, ones == 0)
         of, slope, offset = affine(bias.tensor.node, self.constants)
         dropped, remaining = offset * bias.factor, (offset + slope) * bias.factor
-        return of == same_value(kept) and dropped <= _MODEST and remaining == 0.0
+        return of == value_key(kept) and dropped <= _MODEST and remaining == 0.0
 
     def _add(self, node: fx.Node, way: Way) -> Scores | Decline:
         """Either addend may be the scores; the other one is a mask."""
