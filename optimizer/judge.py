@@ -137,13 +137,18 @@ class Judge:
                 high -= 1
         if high < len(proposals):
             return one.decisions(high)
-        return self._harmless_sites(proposals[0], build, tried) if high == 1 else {}
+        if len(proposals) > 1:
+            return {}
+        return self._harmless_sites(proposals[0].strength, one.decisions(0), build, tried)
 
     def _harmless_sites(
-        self, proposal: Proposal, build: Callable[[Decisions], nn.Module], tried: list[Attempt]
+        self,
+        strength: str,
+        decisions: Decisions,
+        build: Callable[[Decisions], nn.Module],
+        tried: list[Attempt],
     ) -> Decisions:
         """The longest prefix of sites, by predicted error, that keeps the budget."""
-        decisions = proposal.decide()
         order = sorted(decisions, key=lambda site: (decisions[site].get("error", 0.0), site))
         low, high = 0, len(order) - 1
         while low < high:
@@ -151,7 +156,7 @@ class Judge:
                 break
             middle = (low + high + 1) // 2
             kept = {site: decisions[site] for site in order[:middle]}
-            holds = self._holds(build(kept), f"{proposal.strength}, {middle} sites", tried)
+            holds = self._holds(build(kept), f"{strength}, {middle} sites", tried)
             low, high = (middle, high) if holds else (low, middle - 1)
         return {site: decisions[site] for site in order[:low]}
 

@@ -190,8 +190,8 @@ def _make_pieces(facts: LayoutSpec, tensors: list[Tensor], *, kept: bool) -> Ite
     for bucket in facts.buckets:
         tiles = -(-queries // bucket.rows)
         first = bucket.head or 0
-        ids = torch.arange(first, first + bucket.pairs, device=device)
-        ids = ids if bucket.natural else next(rest)
+        every = (first, first + bucket.pairs)
+        ids = torch.arange(*every, device=device) if bucket.natural else next(rest)
         source = next(rest) if bucket.shared else None
         columns = next(rest) if bucket.gathered else None
         cells = next(rest) if bucket.mask in ("columns", "cells") else None
