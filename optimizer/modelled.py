@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 from fxpress.cost import Hardware, Work, attention_work, dense_work
 from fxpress.ops.recurrence import Cell
 from fxpress.ops.recurrent_layers import LAYERS, PACKED
-from fxpress.passes.dataflow import captured
-from fxpress.program import Program
+from fxpress.program import Program, captured
 
 __all__ = ["RECURRENCES", "modelled_ms", "sizes"]
 

@@ -23,6 +23,7 @@ __all__ = [
     "Provenance",
     "alias_parameter",
     "attribute",
+    "captured",
     "format_node",
     "has_effect",
     "module_path",
@@ -296,6 +297,16 @@ class Program:
                 seen[value.untyped_storage().data_ptr()] = str(node.target)
                 found[str(node.target)] = value
         return found
+
+
+def captured(size: Any) -> int:
+    """A size as captured, where it is dynamic; two where only the data decides it.
+
+    Asking a dynamic size for its value would make it that for good.
+    """
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 2
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxpress.program import Program, attribute
+from fxpress.program import Program, attribute, captured
 
 __all__ = [
     "CASTS",
@@ -23,7 +23,6 @@ __all__ = [
     "Constants",
     "MaskFactors",
     "argument",
-    "captured",
     "constant_value",
     "is_closed",
     "is_noop",
@@ -84,13 +83,6 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def sizes(node: fx.Node) -> tuple[int, ...]:
     """Sizes of a node's tensor; dynamic ones as captured."""
     return tuple(captured(size) for size in node.meta["val"].shape)
-
-
-def captured(size: Any) -> int:
-    """A size as captured, where it is dynamic; two where only the data decides it."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.hint is not None else 2
 
 
 # No-ops ------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxpress.passes.dataflow import captured
 from fxpress.passes.products import Product, Strided, emit
+from fxpress.program import captured
 from fxpress.rewrite import Decline
 
 __all__ = ["Layout", "Placed", "four", "layout_of", "placed", "restored", "same_batch"]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import Constants, argument, captured, is_noop
+from fxpress.passes.dataflow import Constants, argument, is_noop
 from fxpress.passes.indicators import conditions, is_indicator
 from fxpress.passes.products import Strided
 from fxpress.passes.score_walk import FILLS, Way, filled, is_whole
 from fxpress.passes.scores import Keep, Scores, Stretch
 from fxpress.passes.softmax import Softmax, is_cast, softmax_of
 from fxpress.passes.views import VIEWS, is_view, turned
-from fxpress.program import Program
+from fxpress.program import Program, captured
 from fxpress.rewrite import Decline
 
 __all__ = ["UNCHANGED", "Moved", "Probabilities", "moved", "probabilities_of"]

@@ -14,7 +14,6 @@ from fxpress.passes.dataflow import (
     RESHAPES,
     Constants,
     argument,
-    captured,
     is_closed,
     is_noop,
     peel,
@@ -25,7 +24,7 @@ from fxpress.passes.products import Product, Strided, product
 from fxpress.passes.scores import Bias, Keep, Scores, Stretch
 from fxpress.passes.softmax import Softmax, is_cast
 from fxpress.passes.views import VIEWS, is_view, turned
-from fxpress.program import Program
+from fxpress.program import Program, captured
 from fxpress.rewrite import Decline
 
 __all__ = ["FILLS", "Way", "filled", "is_whole", "scores_of"]

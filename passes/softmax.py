@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpress.passes.dataflow import CASTS, argument, captured, is_noop, peel
+from fxpress.passes.dataflow import CASTS, argument, is_noop, peel
+from fxpress.program import captured
 from fxpress.rewrite import Decline
 
 __all__ = ["Softmax", "divided_late", "is_cast", "softmax_of"]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpress.passes.dataflow import captured
-from fxpress.program import Program, alias_parameter, attribute
+from fxpress.program import Program, alias_parameter, attribute, captured
 
 __all__ = ["VIEWS", "Weight", "place", "readers", "same_layout", "weight_behind"]
 
