@@ -6,6 +6,7 @@ register new tensors under new names; they never write into a tensor that is the
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ __all__ = [
     "format_node",
     "has_effect",
     "module_path",
+    "preceding",
     "source_line",
 ]
 
@@ -243,14 +245,17 @@ class Program:
         """Drop dead nodes, refresh metadata of new nodes, and compile the Python of the graph."""
         self.graph.eliminate_dead_code(has_effect)
         self.refresh()
-        self.graph_module.delete_all_unused_submodules()
-        self._drop_unused_tensors()
+        self._drop_unused()
         self.graph_module.recompile()
 
-    def refresh(self) -> None:
-        """Compute shape, dtype and stride of every node that has none yet."""
+    def refresh(self, before: fx.Node | None = None) -> None:
+        """Compute shape, dtype and stride of every node that has none yet.
+
+        With `before`, only of what was just built in front of that node: a rewrite then costs
+        what it makes, and not what the graph holds.
+        """
         mode = self._fake_mode()
-        for node in self.graph.nodes:
+        for node in self.graph.nodes if before is None else _new_before(before):
             if "val" in node.meta or node.op == "output":
                 continue
             if node.op == "get_attr":
@@ -259,7 +264,7 @@ class Program:
                 # A weight has fixed sizes, also beside inputs that have dynamic ones.
                 fake = mode.from_tensor(value, static_shapes=True) if is_tensor else value
                 node.meta["val"] = fake
-            elif node.op == "call_function":
+            elif callable(node.target):
                 with mode:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                     node.meta["val"] = node.target(*args, **kwargs)
@@ -273,12 +278,16 @@ class Program:
                     return leaf.fake_mode
         return FakeTensorMode(allow_non_fake_inputs=True)
 
-    def _drop_unused_tensors(self) -> None:
-        """Forget tensors that no node reads, so that they are not saved or counted."""
-        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        for path, module in self.graph_module.named_modules():
-            for names in (module._parameters, module._buffers):
-                for name in [n for n in names if f"{path}.{n}".lstrip(".") not in used]:
+    def _drop_unused(self) -> None:
+        """Forget modules and tensors that no node reads, so that they are not saved or counted.
+
+        `GraphModule.delete_all_unused_submodules` does the first in time quadratic in depth.
+        """
+        named = (str(n.target) for n in self.graph.nodes if n.op in ("get_attr", "call_module"))
+        used = {path for target in named for path in itertools.accumulate(target.split("."), _join)}
+        for path, module in list(self.graph_module.named_modules()):
+            for names in (module._parameters, module._buffers, module._modules):
+                for name in [n for n in names if _join(path, n) not in used]:
                     del names[name]
 
     def calls(self, target: Any) -> Iterator[fx.Node]:
@@ -307,6 +316,22 @@ def captured(size: Any) -> int:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.hint is not None else 2
+
+
+def _join(path: str, name: str) -> str:
+    """The path of what a module has under a name."""
+    return f"{path}.{name}" if path else name
+
+
+def preceding(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes in front of one, nearest first."""
+    while (node := node.prev).op != "root":
+        yield node
+
+
+def _new_before(node: fx.Node) -> list[fx.Node]:
+    """The nodes directly in front of one that have no metadata yet, in graph order."""
+    return [*itertools.takewhile(lambda n: "val" not in n.meta, preceding(node))][::-1]
 
 
 def has_effect(node: fx.Node) -> bool:

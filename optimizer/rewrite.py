@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, fx
 
-from fxpress.program import Program, Provenance, module_path, source_line
+from fxpress.program import Program, Provenance, module_path, preceding, source_line
 from fxpress.testing import REASSOCIATES, Exactness
 
 if TYPE_CHECKING:
@@ -304,17 +305,16 @@ def provide(
     Nodes in front of it that the replacement computes too are `folded`; they die unless others
     read them.
     """
-    known = set(program.graph.nodes)
+    last = node.prev
     sources = (node.name, *(n.name for n in folded))
     with program.graph.inserting_before(node):
         new = build()
-    made = [n for n in program.graph.nodes if n not in known]
-    for fresh in made:
+    for fresh in itertools.takewhile(lambda n: n is not last, preceding(node)):
         for key in ("nn_module_stack", "stack_trace"):
             if key in node.meta:
                 fresh.meta.setdefault(key, node.meta[key])
         fresh.meta.setdefault("provenance", Provenance(rule, sources, site))
-    program.refresh()  # the next match may end at a node that was made here
+    program.refresh(node)  # the next match may end at a node that was made here
     node.replace_all_uses_with(new)
     program.graph.erase_node(node)
     return new

@@ -125,21 +125,21 @@ class _Attention:
     changes: Moved = UNCHANGED
     is_causal: bool = False
 
-    def build(self, program: Program) -> fx.Node:
-        """Attention on four-dimensional operands, brought back to the product's own form."""
+    def build(self, anchor: fx.Node, program: Program) -> fx.Node:
+        """Attention on four-dimensional operands in front of `anchor`, in the product's form."""
         graph, scores, values, layout = program.graph, self.scores, self.values, self.layout
         dtype = torch.promote_types(_dtype(scores.q), _dtype(values.right))
         operands = (scores.q, scores.k, values.right)
         q, k, v = (four(graph, operand, layout, dtype) for operand in operands)
-        program.refresh()
+        program.refresh(anchor)
         q, k, v = same_batch(graph, q, k, v)
-        program.refresh()
-        q, k = scores.stretched(program, layout, q, k)
+        program.refresh(anchor)
+        q, k = scores.stretched(anchor, program, layout, q, k)
         v = changed(graph, v, self.changes.values, layout, dtype, of_rows=False)
         if self.changes.settled:
             scores = scores.finite()
-        mask = scores.mask(program, layout, dtype)
-        program.refresh()
+        mask = scores.mask(anchor, program, layout, dtype)
+        program.refresh(anchor)
         is_causal = self.is_causal
         if mask is not None:
             factors = mask_factors(program, mask, (sizes(q)[2], sizes(k)[2]))
@@ -186,9 +186,9 @@ class LiftAttention(Rewrite):
         flag = bool(argument(node, 5, "is_causal", False))
         return _attention(scores, Product(node, q, v), is_causal=flag)
 
-    def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
+    def replace(self, node: fx.Node, match: _Attention, program: Program) -> fx.Node:
         """The same attention on four dimensions."""
-        return match.build(program)
+        return match.build(node, program)
 
 
 def _given(node: fx.Node, q: Strided, k: Strided) -> Scores:
@@ -244,9 +244,9 @@ class FuseSoftmax(Rewrite):
             return _attended(behind, values, program)
         return behind or (_near_softmax(values.left.node) if near else None)
 
-    def replace(self, _node: fx.Node, match: _Attention, program: Program) -> fx.Node:
+    def replace(self, node: fx.Node, match: _Attention, program: Program) -> fx.Node:
         """Attention on four-dimensional operands, brought back to the product's own form."""
-        return match.build(program)
+        return match.build(node, program)
 
 
 def _divided(

@@ -162,7 +162,6 @@ def _run_time_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
         return None
     for _ in range(4 - mask.meta["val"].ndim):
         mask = graph.call_function(aten.unsqueeze.default, (mask, 0))
-        mask.meta["val"] = mask.args[0].meta["val"].unsqueeze(0)  # type: ignore[union-attr]
     return mask
 
 

@@ -87,12 +87,14 @@ class Scores:
         )
         return [part.tensor for part in met]
 
-    def mask(self, program: Program, layout: Layout, dtype: torch.dtype) -> fx.Node | None:
+    def mask(
+        self, anchor: fx.Node, program: Program, layout: Layout, dtype: torch.dtype
+    ) -> fx.Node | None:
         """Build one mask, boolean or of `dtype`, that broadcasts to (B, H, Nq, Nk)."""
         graph = program.graph
         bias = _sum_of([_bias(graph, bias, layout, dtype) for bias in self.biases], graph)
         kept = [_keep(graph, keep, layout) for keep in self.keeps]
-        program.refresh()
+        program.refresh(anchor)
         if bias is None and self._is_boolean(program, kept):
             return _all_of(graph, kept)
         for node, keep in zip(kept, self.keeps, strict=True):
@@ -100,7 +102,7 @@ class Scores:
         return bias
 
     def stretched(
-        self, program: Program, layout: Layout, q: fx.Node, k: fx.Node
+        self, anchor: fx.Node, program: Program, layout: Layout, q: fx.Node, k: fx.Node
     ) -> tuple[fx.Node, fx.Node]:
         """Queries and keys (B, H, N, D) times what scales their scores."""
         graph, dtype = program.graph, q.meta["val"].dtype
@@ -109,7 +111,7 @@ class Scores:
                 k = stretched(graph, k, stretch, layout, dtype, of_rows=False)
             else:
                 q = stretched(graph, q, stretch, layout, dtype)
-        program.refresh()
+        program.refresh(anchor)
         return q, k
 
     def finite(self) -> Scores:

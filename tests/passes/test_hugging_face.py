@@ -5,6 +5,7 @@ How many there are is counted in an eager run, which knows nothing of graphs.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from typing import Any
@@ -95,17 +96,21 @@ def test_attention_of_a_model_that_looks_at_its_data_is_found_in_regions() -> No
 
 @pytest.mark.timing
 def test_time_is_linear_in_depth() -> None:
-    seconds = {depth: _seconds(depth) for depth in (24, 48)}
-    assert seconds[48] < 10
-    assert seconds[48] <= 2.2 * seconds[24]
+    """Processor time of canonicalizing, at best of seven that take turns."""
+    programs = {depth: _llama(depth) for depth in (24, 48)}
+    seconds: dict[int, list[float]] = {depth: [] for depth in programs}
+    gc.freeze()  # what other tests left is not ours to look through
+    for _ in range(7):
+        for depth, program in programs.items():
+            seconds[depth].append(_canonicalized(program.copy()))
+    gc.unfreeze()
+    assert min(seconds[48]) < 10
+    assert min(seconds[48]) <= 2.2 * min(seconds[24])
 
 
-def _seconds(depth: int) -> float:
-    """Processor time of canonicalizing a model, at best of three."""
+def _llama(depth: int) -> Program:
     architecture = replace(ARCHITECTURES["Llama"], sizes={"num_hidden_layers": depth})
-    call = architecture.call()
-    program = capture(architecture.build("eager"), kwargs=call)
-    return min(_canonicalized(program.copy()) for _ in range(3))
+    return capture(architecture.build("eager"), kwargs=architecture.call())
 
 
 def _canonicalized(program: Program) -> float:
