@@ -42,7 +42,8 @@ class Site:
         path: name of the site: module path, with `#n` for further calls in the same module.
         recognised: whether it was brought to its canonical form.
         reason: why not, or the estimate in milliseconds.
-        kind: attention: "self", "causal" or "cross"; matmul: "linear"; recurrence: its cell.
+        kind: attention: "self", "causal" or "cross"; matmul: "linear", or "patches" of a
+            convolution whose windows do not overlap; recurrence: its cell.
         shape: attention (B, H, Hkv, Nq, Nk, D, Dv); matmul (m, n); recurrence: input sizes.
         node: name of the node.
         gain: estimated speed-up of the whole model from rewriting this site alone to the target
@@ -259,13 +260,15 @@ class _Estimate:
 
     def _matmul(self, site: LinearSite, region: Region) -> Site:
         dtype = site.node.meta["val"].dtype
-        key = (site.shape, site.tokens, dtype)
+        copied = site.patches is not None
+        key = (site.shape, site.tokens, dtype, copied)
         if key not in self.forms:
-            self.forms[key] = _cheapest(Place(site.shape, site.tokens, dtype, self.hardware))
+            place = Place(site.shape, site.tokens, dtype, self.hardware, copied=copied)
+            self.forms[key] = _cheapest(place)
         form, after = self.forms[key]
         target = None if form is None else (str(form), after)
         reason = f"too narrow for a form of {_PARAMETERS:.0%} of its parameters"
-        return self._site(site.name, "linear", site.shape, site.node, region, target, reason)
+        return self._site(site.name, site.kind, site.shape, site.node, region, target, reason)
 
     def _recurrences(self, region: Region) -> list[Site]:
         sites = []

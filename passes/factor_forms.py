@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxpress.cost import Hardware, dense_work, low_rank_work, vvma_work
+from fxpress.cost import Hardware, Work, dense_work, low_rank_work, vvma_work
 from fxpress.passes.factor_settings import FactorVvmaConfig
 from fxpress.passes.low_rank_fit import fit_low_rank
 from fxpress.passes.vvma_fit import fit_vvma
@@ -45,6 +45,7 @@ class Place:
         dtype: of the weight.
         hardware: where it runs.
         freed: whether nothing else reads the weight, so that replacing it frees its bytes.
+        copied: whether another form copies its input and its output, as that of patches does.
     """
 
     shape: tuple[int, int]
@@ -52,6 +53,7 @@ class Place:
     dtype: torch.dtype
     hardware: Hardware
     freed: bool = True
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Form:
             work = vvma_work(place.shape, *sizes, place.tokens, size, hardware, cores)
         else:
             work = low_rank_work(place.shape, self.rank, place.tokens, size)
+        if place.copied:
+            work = [*work, *(Work(0, 2 * size * place.tokens * n) for n in place.shape)]
         return hardware.ms(work, place.dtype)
 
 

@@ -31,7 +31,7 @@ from fxpress.passes.input_moments import InputMoment
 from fxpress.passes.sites import LinearSite
 from fxpress.planning import Decisions, PlanContext, Proposal
 from fxpress.profile import profile
-from fxpress.program import Program, attribute
+from fxpress.program import Program
 from fxpress.rewrite import Decline
 
 __all__ = ["propose_forms"]
@@ -105,10 +105,10 @@ def propose_forms(
 
 
 def _map(program: Program, site: LinearSite, config: FactorVvmaConfig, hardware: Hardware) -> _Map:
-    weight = attribute(program.graph_module, site.weight)
+    weight = site.matrix(program)
     reads = [n for n in program.graph.nodes if n.op == "get_attr" and n.target == site.weight]
     freed = sum(len(node.users) for node in reads) == 1
-    place = Place(site.shape, site.tokens, weight.dtype, hardware, freed)
+    place = Place(site.shape, site.tokens, weight.dtype, hardware, freed, site.patches is not None)
     return _Map(site, config, place, weight, list(candidates(site.shape, config)))
 
 
@@ -225,6 +225,6 @@ def _layers(chosen: Sequence[tuple[_Map, Form]]) -> list[list[tuple[_Map, Form]]
     groups: dict[Any, list[tuple[_Map, Form]]] = {}
     for one, form in chosen:
         together = form.share == "layer" and one.site.shape[0] % form.block == 0
-        key = (one.site.node.args[0], form) if together else one.site.name
+        key = (one.site.source, one.site.patches, form) if together else one.site.name
         groups.setdefault(key, []).append((one, form))
     return list(groups.values())

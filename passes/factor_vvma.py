@@ -23,6 +23,7 @@ from fxpress.cost import hardware_of
 from fxpress.errors import PassError
 from fxpress.ops import low_rank_linear  # noqa: F401 - defines the operator
 from fxpress.ops.vvma_linear import lay_out
+from fxpress.passes.dataflow import argument
 from fxpress.passes.factor_forms import Form, Place, dense_cost
 from fxpress.passes.factor_ladder import propose_forms
 from fxpress.passes.factor_settings import FactorVvmaConfig
@@ -64,7 +65,7 @@ class FactorVvma(PlannedPass):
     def sites(self, program: Program) -> dict[str, dict[str, Any]]:
         """Every linear map by a weight of the model."""
         return {
-            s.name: {"kind": "linear", "path": module_path(s.node), "shape": list(s.shape)}
+            s.name: {"kind": s.kind, "path": module_path(s.node), "shape": list(s.shape)}
             for s in linear_sites(program)
         }
 
@@ -127,7 +128,7 @@ class FactorVvma(PlannedPass):
 
     def _rewrite(self, program: Program, site: LinearSite, decision: Mapping[str, Any]) -> None:
         graph, node = program.graph, site.node
-        x, _, bias = (*node.args, None)[:3]
+        bias = argument(node, 2, "bias")
         last, activation = _activation(node)
         device = _device(program)
 
@@ -136,7 +137,7 @@ class FactorVvma(PlannedPass):
         if decision["form"] != "low-rank":
             tensors = list(lay_out(*tensors))
 
-        def build() -> fx.Node:
+        def factored(x: fx.Node) -> fx.Node:
             names = [f"{site.name}_{key}" for key in keys]
             factors = [
                 graph.get_attr(_register(program, *pair))
@@ -148,6 +149,9 @@ class FactorVvma(PlannedPass):
             return graph.call_function(
                 torch.ops.fxpress.vvma_linear.default, (*args, site.shape[0])
             )
+
+        def build() -> fx.Node:
+            return site.replaced(factored)
 
         folded = [node] if last is not node else []
         provide(program, last, self.name, build, site.name, folded)
@@ -202,10 +206,11 @@ def _unfit(site: LinearSite, decision: Mapping[str, Any]) -> str | None:
 def _ledger(program: Program, site: LinearSite, decision: Mapping[str, Any]) -> dict[str, Any]:
     weight = attribute(program.graph_module, site.weight)
     form, (m, n) = _form(decision), site.shape
-    place = Place(site.shape, site.tokens, weight.dtype, hardware_of(weight.device))
+    hardware, copied = hardware_of(weight.device), site.patches is not None
+    place = Place(site.shape, site.tokens, weight.dtype, hardware, copied=copied)
     numbers = form.parameters(site.shape)
     return {
-        "kind": "linear",
+        "kind": site.kind,
         "form": str(form),
         "relative_error": decision["error"],
         "arithmetic": form.arithmetic(site.shape),

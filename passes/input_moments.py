@@ -38,9 +38,7 @@ class InputMoment:
 
     def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
         """Add one call."""
-        source = self.site.node.args[0]
-        assert isinstance(source, fx.Node)
-        x = inputs[source.name].detach().flatten(0, -2)
+        x = self.site.vectors(inputs[self.site.source.name].detach()).flatten(0, -2)
         if self.full:
             moment = x.double().mT @ x.double()
         else:  # summed in float64 without a copy

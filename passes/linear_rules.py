@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxpress.passes.dataflow import argument
+from fxpress.passes.patches import Patches, patches_of
 from fxpress.passes.weights import Weight, place, readers, same_layout, weight_behind
 from fxpress.program import Program, attribute
 from fxpress.rewrite import Decline, Rewrite
@@ -21,15 +22,6 @@ __all__ = ["LINEAR", "PRODUCTS", "LinearFromConvolution", "LinearFromEinsum", "L
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
-_CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-    aten.convolution.default,
-}
 
 
 @dataclass(frozen=True)
@@ -234,30 +226,30 @@ class LinearFromConvolution(_ToLinear):
 
     Only where channels lie last in memory on both sides, so that no permutation copies: measured on
     CPU, a copy makes a linear up to three times slower than the convolution, without one it is as
-    fast or up to twice faster. Patches (stride = width) would be copied: as fast for those of an
-    image, up to four times slower for those of two by two.
+    fast or up to twice faster. Other convolutions whose windows do not overlap stay as they are,
+    and are linear maps of patches to passes that would factor them (`patches.py`).
     """
 
     name: ClassVar[str] = "linear-from-convolution"
 
     def read(self, node: fx.Node, program: Program) -> _Product | Decline | None:
         """A convolution that looks at one position."""
-        if node.target not in _CONVOLUTIONS:
-            return None
+        patches = patches_of(node)
+        if not isinstance(patches, Patches):
+            return patches
         x, kernel = node.args[:2]
         assert isinstance(x, fx.Node)
+        assert isinstance(kernel, fx.Node)
         found = weight_behind(kernel, program)
-        if found is None or any(width != 1 for width in found.tensor.shape[2:]):
-            return _patches(node, found)
-        if reason := _spread(node):
-            return Decline(f"a convolution of width one {reason}", node)
-        ndim, spatial = x.meta["val"].ndim, found.tensor.ndim - 2
+        if found is None:
+            return Decline(f"the weight is computed by {_operator(kernel)}", node)
+        ndim, spatial = x.meta["val"].ndim, len(patches.widths)
         channel = ndim - spatial - 1
         before = (*range(channel), *range(channel + 1, ndim), channel)
         after = (*range(channel), ndim - 1, *range(channel, ndim - 1))
-        if not _lies_as(x, before) or not (_lies_as(node, before) or _only_moved(node, before)):
-            reason = "a convolution of width one is as fast as it is: its channels do not lie last"
-            return Decline(reason, node)
+        lies_last = _lies_as(x, before) and (_lies_as(node, before) or _only_moved(node, before))
+        if not patches.is_pointwise or not lies_last:
+            return None
         return _Product(x, found.flat(), argument(node, 2, "bias"), before, after)
 
 
@@ -282,28 +274,6 @@ def _order(node: fx.Node, ndim: int) -> list[int] | None:
         return None
     order[dims[0]], order[dims[1]] = order[dims[1]], order[dims[0]]
     return order
-
-
-def _patches(node: fx.Node, kernel: Weight | None) -> Decline | None:
-    """Why a convolution that looks at every position once stays one; None: it is no such."""
-    stride, padding = argument(node, 3, "stride", [1]), argument(node, 4, "padding", [0])
-    if kernel is None or list(stride) != list(kernel.tensor.shape[2:]) or set(padding) != {0}:
-        return None
-    return Decline("a convolution of patches is as fast as it is: its input would be copied", node)
-
-
-def _spread(node: fx.Node) -> str:
-    """Why a convolution of width one is no map of each position, or ""."""
-    decomposed = node.target is aten.convolution.default
-    groups = argument(node, 8 if decomposed else 6, "groups", 1)
-    if any(step != 1 for step in argument(node, 3, "stride", [1])):
-        return "that strides"
-    padding = argument(node, 4, "padding", [0])
-    if not isinstance(padding, str) and any(width != 0 for width in padding):
-        return "that pads"
-    if decomposed and argument(node, 6, "transposed", False):
-        return "that is transposed"
-    return "in groups" if groups != 1 else ""
 
 
 PRODUCTS = (LinearFromMatmul(), LinearFromEinsum(), LinearFromConvolution())

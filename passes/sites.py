@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxpress.passes.dataflow import RESHAPES, MaskFactors, argument, mask_factors, peel, sizes
-from fxpress.program import Program, module_path
+from fxpress.passes.patches import Patches, patches_of
+from fxpress.program import Program, attribute, module_path
 
 __all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
 
@@ -67,10 +68,11 @@ class LinearSite:
 
     Attributes:
         name: module path, with `#n` from the second call in the same module on.
-        node: the `aten.linear` call.
+        node: the `aten.linear` call, or that of a convolution over patches.
         weight: name of the weight.
         shape: (m, n), output and input features.
         tokens: vectors that one call maps, as captured.
+        patches: how a convolution cuts its input into vectors; None where they are its last axis.
     """
 
     name: str
@@ -78,6 +80,34 @@ class LinearSite:
     weight: str
     shape: tuple[int, int]
     tokens: int
+    patches: Patches | None = None
+
+    @property
+    def kind(self) -> str:
+        """`"linear"` or `"patches"`."""
+        return "linear" if self.patches is None else "patches"
+
+    @property
+    def source(self) -> fx.Node:
+        """What the call maps."""
+        source = self.node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def matrix(self, program: Program) -> Tensor:
+        """The weight as (m, n)."""
+        weight: Tensor = attribute(program.graph_module, self.weight)
+        return weight.flatten(1)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """The vectors (..., n) that a value of the source holds."""
+        return x if self.patches is None else self.patches.cut(x)
+
+    def replaced(self, by: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Nodes with the output of the call, from another map of the same vectors."""
+        if self.patches is None:
+            return by(self.source)
+        return self.patches.restore(by(self.patches.emit(self.source)), self.node)
 
 
 def attention_sites(program: Program) -> list[AttentionSite]:
@@ -188,30 +218,33 @@ def _projected(node: fx.Node) -> fx.Node | None:
     return source if peel(weight, RESHAPES).op == "get_attr" else None
 
 
-def _linear_calls() -> set[Any]:
-    """Linear maps, and what becomes of them where those operators are defined."""
+def _factored_calls() -> set[Any]:
+    """What linear maps become, where those operators are defined."""
     packets = (getattr(torch.ops.fxpress, n, None) for n in ("vvma_linear", "low_rank_linear"))
-    return {aten.linear.default, *(p.default for p in packets if p is not None)}
+    return {p.default for p in packets if p is not None}
 
 
 def linear_sites(program: Program) -> list[LinearSite]:
-    """Every `aten.linear` by a weight of the model, in graph order.
+    """Every linear map by a weight of the model, in graph order.
 
-    A map that was factored is no site any more, but counts for the names.
+    That is every `aten.linear`, and every convolution over patches, which stays one for as long as
+    nothing factors it. A map that was factored is no site any more, but counts for the names.
     """
     found: list[LinearSite] = []
-    names = _Names(program)
+    names, factored = _Names(program), _factored_calls()
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in _linear_calls():
+        if node.op != "call_function":
             continue
-        name = names.next(node)
-        if node.target is not aten.linear.default:
-            continue
-        source, weight = node.args[:2]
-        assert isinstance(source, fx.Node)
-        assert isinstance(weight, fx.Node)
-        if weight.op == "get_attr":
-            m, n = sizes(weight)
-            tokens = math.prod(sizes(source)[:-1])
-            found.append(LinearSite(name, node, str(weight.target), (m, n), tokens))
+        patches = patches_of(node)
+        if node.target in factored:
+            names.next(node)
+        elif node.target is aten.linear.default or isinstance(patches, Patches):
+            name, weight = names.next(node), node.args[1]
+            assert isinstance(weight, fx.Node)
+            if weight.op == "get_attr":
+                m, *inner = sizes(weight)
+                shape = (m, math.prod(inner))
+                tokens = math.prod(sizes(node)) // m
+                cut = patches if isinstance(patches, Patches) else None
+                found.append(LinearSite(name, node, str(weight.target), shape, tokens, cut))
     return found

@@ -291,25 +291,23 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         ((M, N),),
         (T, N),
     ),
-    *(
-        ("a convolution of width one is as fast as it is: its channels do not lie last", *case)
-        for case in (
-            (nn.functional.conv1d, ((M, N, 1),), (B, N, T)),
-            (lambda x, w: nn.functional.conv1d(x.transpose(1, 2), w), ((M, N, 1),), (B, T, N)),
-            (lambda x, w: nn.functional.conv1d(x, w).mT, ((M, N, 1),), (B, N, T)),
-        )
-    ),
     (
-        "a convolution of patches is as fast as it is: its input would be copied",
-        lambda x, w, b: nn.functional.conv1d(x, w, b, stride=2),
-        ((M, N, 2), (M,)),
-        (B, N, 2 * T),
-    ),
-    (
-        "a convolution of width one that strides",
-        lambda x, w: nn.functional.conv1d(x, w, stride=2),
+        "the weight is computed by aten.tanh",
+        lambda x, w: nn.functional.conv1d(x, w.tanh()),
         ((M, N, 1),),
         (B, N, T),
+    ),
+    (
+        "a convolution of patches that is dilated",
+        lambda x, w, b: nn.functional.conv1d(x, w, b, stride=2, dilation=2),
+        ((M, N, 2), (M,)),
+        (B, N, 3 * T),
+    ),
+    (
+        "a convolution of patches that pads",
+        lambda x, w: nn.functional.conv2d(x, w, stride=2, padding=1),
+        ((M, N, 2, 2),),
+        (B, N, 4, 6),
     ),
     (
         "a convolution of width one that pads",
@@ -345,7 +343,15 @@ NOT_A_LINEAR = [
 ]
 
 
-@pytest.mark.parametrize(("function", "shapes", "size"), NOT_A_LINEAR)
+# Not where channels do not lie last: the copy would cost more than the convolution.
+NOT_MOVED = [
+    (nn.functional.conv1d, ((M, N, 1),), (B, N, T)),
+    (lambda x, w: nn.functional.conv1d(x.transpose(1, 2), w), ((M, N, 1),), (B, T, N)),
+    (lambda x, w: nn.functional.conv1d(x, w).mT, ((M, N, 1),), (B, N, T)),
+]
+
+
+@pytest.mark.parametrize(("function", "shapes", "size"), [*NOT_A_LINEAR, *NOT_MOVED])
 def test_what_is_no_linear_is_left_alone(function: Any, shapes: Any, size: Any) -> None:
     model, x = Apply(function, *shapes), torch.randn(size)
     program = capture(model, (x,))
