@@ -16,7 +16,7 @@ from fxpress.zoo.registry import Calibration, Entry, model
 from fxpress.zoo.rum import State
 from fxpress.zoo.samples import DATA, read_texts
 
-__all__ = ["RecurrentLM", "TransformerLM", "byte_windows"]
+__all__ = ["BYTES", "RecurrentLM", "TransformerLM", "byte_windows"]
 
 BYTES = 256
 CONTEXT, STEPS, ROWS = 256, 64, 4  # bytes of a window (Transformer, recurrent), windows of a batch

@@ -31,7 +31,7 @@ class Recipe:
     name: str
     description: str
     source: str  # the paper
-    task: str  # a key of `fxpress.zoo.objectives.TASKS`
+    task: str  # the name of an objective of the zoo
     data: dict[str, Any]  # what that task takes
     model: dict[str, Any]  # the name of a model of the zoo, and its sizes
     batch: int  # sequences of a step
@@ -42,6 +42,7 @@ class Recipe:
     warmup: int = 0  # steps
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
+    label_smoothing: float = 0.0  # in training only
     seed: int = 0
     reduced: bool = False
 
@@ -49,6 +50,8 @@ class Recipe:
         for key in ("batch", "steps", "evaluate_every", "learning_rate", "clip"):
             if getattr(self, key) <= 0:
                 raise RecipeError(f"{self.name}: {key} is {getattr(self, key)}: it must be above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"{self.name}: label_smoothing must be from 0 to 1, 1 left out")
         if self.optimizer not in OPTIMIZERS:
             names = ", ".join(OPTIMIZERS)
             raise RecipeError(f"{self.name}: optimizer is {self.optimizer!r}: give one of {names}")

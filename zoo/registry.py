@@ -21,14 +21,16 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
 from fxpress import zoo
 from fxpress.errors import FxpressError
 
-__all__ = ["Entry", "UnknownModelError", "create_model", "entry", "list_models", "model"]
+__all__ = ["Entry", "UnknownModelError", "create_model", "entry", "list_models", "model", "offered"]
+
+Kind = TypeVar("Kind")
 
 
 class UnknownModelError(FxpressError, ValueError):
@@ -84,12 +86,16 @@ def model(
 @cache
 def entries() -> dict[str, Entry]:
     """Every entry by name, in alphabetic order; imports the modules of the zoo."""
+    return {e.name: e for e in sorted(offered(Entry), key=lambda e: e.name)}
+
+
+def offered(kind: type[Kind]) -> list[Kind]:
+    """What the modules of the zoo offer of a kind, one by one or in tuples; imports them."""
     names = [info.name for info in pkgutil.iter_modules(zoo.__path__)]
     modules = [importlib.import_module(f"{zoo.__name__}.{name}") for name in names]
-    offered = [value for m in modules for value in vars(m).values()]
-    several = [value for value in offered if isinstance(value, tuple)]
-    found = [e for e in (*offered, *chain(*several)) if isinstance(e, Entry)]
-    return {e.name: e for e in sorted(found, key=lambda e: e.name)}
+    values = [value for m in modules for value in vars(m).values()]
+    several = [value for value in values if isinstance(value, tuple)]
+    return [v for v in (*values, *chain(*several)) if isinstance(v, kind)]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fxpress.errors import CalibrationError
 from fxpress.zoo import objectives, recipe, registry, training
@@ -125,7 +125,7 @@ def load_module(name: str, folder: Path = SHIPPED) -> nn.Module:
 
 
 def _scores(module: nn.Module, task: objectives.Task) -> dict[str, float]:
-    return task.metrics(*training.evaluate(module, task, "test"))
+    return task.metrics(*training.evaluate(module, task, "test")) | task.decoded(module)
 
 
 def _sha256(path: Path) -> str:
@@ -175,17 +175,16 @@ def _entry(plan: Recipe) -> Entry:
 
 
 def _calibration(plan: Recipe) -> Calibration:
-    """Windows of a text, or sequences drawn as in training."""
+    """What the objective makes of a file or of its sample; else what is drawn in training."""
 
-    def read(path: Path | None = None, limit: int = 32) -> list[Tensor]:
-        if plan.task == "text":
-            batches = registry.entry(plan.model["name"]).calibration(path, limit)
-            return [batch[:, : plan.data["length"]] for batch in batches]
+    def read(path: Path | None = None, limit: int = 32) -> list[Any]:
+        if (own := objectives.objective_of(plan).calibration) is not None:
+            return own(plan.data, path, limit)
         if path is not None:
             raise CalibrationError(f"{plan.name} draws its sequences: it reads no {path}")
         draw = objectives.task_of(plan).draw
         generator = torch.Generator().manual_seed(objectives.seed_of("calibration"))
-        return [draw(ROWS, generator)[0] for _ in range(limit)]
+        return [objectives.call_of(draw(ROWS, generator)) for _ in range(limit)]
 
     return read
 

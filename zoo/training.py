@@ -130,10 +130,11 @@ class Run:
         """One step on this process's share of the batch; its loss."""
         seed = seed_of("train", self.recipe.seed, step)
         torch.manual_seed(seed)  # for what is random in the model
+        smoothing = self.recipe.label_smoothing
         whole = self.task.draw(self.recipe.batch, torch.Generator().manual_seed(seed))
         forward.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = _loss(forward, (whole[0][share], whole[1][share]), self.device)[0]
+            loss = _loss(forward, _shared(whole, share), self.device, smoothing)[0]
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
@@ -206,11 +207,24 @@ def evaluate(module: nn.Module, task: Task, split: str) -> tuple[float, float]:
     return total / targets_seen, right / asked_seen
 
 
-def _loss(module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy in nats; logits (B, N, V) and targets (B, N)."""
-    inputs, targets = (x.to(device) for x in batch)
-    logits = module(inputs)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+def _shared(batch: Batch, share: slice) -> Batch:
+    """The rows that one of several processes takes."""
+    inputs, targets = batch
+    return tuple(x[share] for x in inputs), targets[share]
+
+
+def _loss(
+    module: nn.Module, batch: Batch, device: torch.device, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy in nats; logits (B, ..., V) and targets (B, ...)."""
+    inputs, targets = tuple(x.to(device) for x in batch[0]), batch[1].to(device)
+    logits = module(*inputs)
+    loss = F.cross_entropy(
+        logits.flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )
     return loss, logits, targets
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxpress.errors import CalibrationError
-from fxpress.zoo import objectives, recipe
+from fxpress.zoo import byte_text, memory, objectives, recipe
 from fxpress.zoo.objectives import IGNORED, Task
 from fxpress.zoo.recipe import RecipeError
 
@@ -36,7 +36,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_windows_predict_each_byte_once(folder: Path) -> None:
-    ((inputs, targets),) = task(folder, length=4).splits["test"]
+    (((inputs,), targets),) = task(folder, length=4).splits["test"]
     assert inputs.shape == targets.shape == (4, 4)
     kept = targets != IGNORED
     assert bytes(targets[kept].tolist()).decode() == TEST[1:]
@@ -45,18 +45,18 @@ def test_windows_predict_each_byte_once(folder: Path) -> None:
 
 def test_training_sees_nothing_held_out(folder: Path) -> None:
     text = task(folder, length=4)
-    inputs, targets = text.draw(500, seeded(0))
+    (inputs,), targets = text.draw(500, seeded(0))
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     drawn = {bytes(row.tolist()).decode() for row in torch.cat([inputs, targets[:, -1:]], 1)}
     known = TRAIN[:54]  # nine tenths
     assert drawn == {known[i : i + 5] for i in range(50)}
-    ((valid, _),) = text.splits["valid"]
+    (((valid,), _),) = text.splits["valid"]
     assert bytes(valid.flatten().tolist()).startswith(TRAIN[54:59].encode())
 
 
 def test_baselines_of_text() -> None:
     train, test = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([0, 1, 2])
-    found = objectives.text_baselines(train, test)
+    found = byte_text.text_baselines(train, test)
     one, two = (2 + 1) / (5 + 256), 1 / (5 + 256)
     assert math.isclose(found["unigram"], -(math.log2(one) + math.log2(two)) / 2)
     # 0 was seen three times and followed by one kind of byte, 1 twice and by one.
@@ -71,25 +71,25 @@ def test_metrics_of_text(folder: Path) -> None:
 
 def test_recall_asks_once_for_the_token_of_the_value() -> None:
     plan = recipe.load("recall-gru", reduced=True)
-    inputs, targets = objectives.task_of(plan).draw(50, seeded(0))
+    (inputs,), targets = objectives.task_of(plan).draw(50, seeded(0))
     assert (targets[:, :-1] == IGNORED).all()
     for row, target in zip(inputs.tolist(), targets[:, -1].tolist(), strict=True):
         assert row[row.index(row[-1]) + 1] == target
 
 
 def test_commonest_value() -> None:
-    assert objectives.commonest_value_accuracy(2) == 1.0  # one pair
+    assert memory.commonest_value_accuracy(2) == 1.0  # one pair
     # Of two values one is answered: right if they are equal, else half the time.
-    assert round(objectives.commonest_value_accuracy(4), 2) == 0.55
+    assert round(memory.commonest_value_accuracy(4), 2) == 0.55
 
 
 @pytest.mark.parametrize("name", ["recall-gru", "copying-gru"])
 def test_held_out_sequences_are_the_same_each_time_and_no_others(name: str) -> None:
     first, again = (objectives.task_of(recipe.load(name)) for _ in range(2))
     assert first.sha256 == again.sha256
-    valid, test = (first.splits[split][0][0] for split in ("valid", "test"))
+    valid, test = (first.splits[split][0][0][0] for split in ("valid", "test"))
     assert not torch.equal(valid, test)
-    assert not torch.equal(first.splits["test"][1][0], test)
+    assert not torch.equal(first.splits["test"][1][0][0], test)
 
 
 def test_seeds_differ_in_the_bits_that_count() -> None:

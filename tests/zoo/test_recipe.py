@@ -33,9 +33,9 @@ def test_every_recipe_fits_its_model(name: str, reduced: bool) -> None:
     plan = recipe.load(name, reduced=reduced)
     assert (plan.name, plan.reduced) == (name, reduced)
     inputs, targets = objectives.task_of(plan).splits["valid"][0]
-    logits = create_model(**plan.model)(inputs[:2])
-    assert logits.shape[:2] == targets[:2].shape
-    assert int(targets.max()) < logits.shape[2]
+    logits = create_model(**plan.model)(*(x[:2] for x in inputs))
+    assert logits.shape[:-1] == targets[:2].shape
+    assert int(targets.max()) < logits.shape[-1]
 
 
 def test_reduced_overrides_one_level_deep() -> None:
@@ -59,6 +59,7 @@ def test_unknown_name_offers_the_nearest() -> None:
         ({"steps": "six"}, "r: steps is 'six': give a value of type int"),
         ({"steps": True}, "r: steps is True"),
         ({"steps": 0}, "r: steps is 0: it must be above 0"),
+        ({"label_smoothing": 1.0}, "r: label_smoothing must be from 0 to 1"),
         ({"learning_rate": -1.0}, "r: learning_rate is -1.0"),
         ({"optimizer": "adan"}, "r: optimizer is 'adan': give one of adamw, rmsprop"),
         ({"model": {"width": 8}}, "r: model needs a name"),
@@ -79,7 +80,7 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "copy"}, "r: task is 'copy': give one of text, copying, recall"),
+        ({"task": "copy"}, "r: task is 'copy': give one of copying, recall, text"),
         ({"data": {"length": 4}}, "r: data is .* unexpected keyword argument 'length'"),
     ],
 )

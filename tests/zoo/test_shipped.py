@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,13 @@ def test_there_are_weights_and_they_are_small() -> None:
     assert sum(path.stat().st_size for path in files) < 5_000_000
 
 
+RISING = ("accuracy", "bleu", "rouge_1")  # headlines of which more is better
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_is_of_the_recipe_as_it_is_now(name: str) -> None:
     card = trained.load_card(name)
-    assert card["recipe"] == dataclasses.asdict(recipe.load(name, reduced=True))
+    assert recipe.Recipe(**card["recipe"]) == recipe.load(name, reduced=True)
     assert entry(name).has_weights
     model = zoo.create_model(name, pretrained=True)
     assert not model.training
@@ -38,7 +40,7 @@ def test_a_card_is_of_the_recipe_as_it_is_now(name: str) -> None:
 def test_each_beats_what_it_is_compared_with(name: str) -> None:
     card = trained.load_card(name)
     score, others = card["scores"][card["headline"]], card["baselines"].values()
-    assert score > max(others) if card["headline"] == "accuracy" else score < min(others)
+    assert score > max(others) if card["headline"] in RISING else score < min(others)
 
 
 @pytest.mark.parametrize("name", QUICK)
