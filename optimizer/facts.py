@@ -134,7 +134,7 @@ def _sizes(run: Run) -> dict[str, Any]:
 def _weights(captured: CapturedModel) -> tuple[int, int]:
     """Number of parameters, and bytes of all tensors, that the programs read."""
     held = {
-        tensor.untyped_storage().data_ptr(): tensor
+        tensor.data_ptr(): tensor
         for program in captured.programs.values()
         for tensor in program.tensors().values()
     }

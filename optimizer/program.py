@@ -295,15 +295,19 @@ class Program:
         return (n for n in list(self.graph.nodes) if n.op == "call_function" and n.target is target)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers that the graph reads, each storage once, by first name."""
+        """Parameters and buffers that the graph reads, each memory once, by first name.
+
+        What begins at one address is one tensor, in whatever layout; parts of one storage count
+        each by itself.
+        """
         seen: dict[int, str] = {}
         found: dict[str, Tensor] = {}
         for node in self.graph.nodes:
             if node.op != "get_attr":
                 continue
             value = attribute(self.graph_module, str(node.target))
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in seen:
-                seen[value.untyped_storage().data_ptr()] = str(node.target)
+            if isinstance(value, Tensor) and value.data_ptr() not in seen:
+                seen[value.data_ptr()] = str(node.target)
                 found[str(node.target)] = value
         return found
 

@@ -1,7 +1,8 @@
-"""Weights as products read them: a tensor of the model behind transposes and reshapes."""
+"""Weights as products read them: tensors of the model, or parts, behind transposes and reshapes."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,13 @@ _LAYOUTS = VIEWS | {
     aten.alias.default,
     aten.contiguous.default,
     aten.clone.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    operator.getitem,
 }
 _COPIES = {aten.contiguous.default, aten.clone.default}
 
@@ -64,20 +72,27 @@ class Weight:
 
 
 def weight_behind(node: Any, program: Program) -> Weight | None:
-    """What lies behind transposes and reshapes, if that is a tensor of the model."""
+    """What lies behind changes of layout and parts, if that is a tensor of the model."""
     steps: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _LAYOUTS:
         steps.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    tensor = attribute(program.graph_module, str(node.target)).detach()
-    storage = tensor.untyped_storage().data_ptr()
+    tensor = attribute(program.graph_module, str(node.target))
+    if not isinstance(tensor, Tensor):
+        return None
+    made: Any = tensor.detach()
     for step in reversed(steps):
         if step.target not in _COPIES:
-            given = fx.map_arg(step.args[1:], lambda size: captured(size.meta["val"]))
-            tensor = step.target(tensor, *given)  # type: ignore[operator]
-    return Weight(node, tensor) if tensor.untyped_storage().data_ptr() == storage else None
+            args, kwargs = fx.map_arg(
+                (step.args[1:], step.kwargs), lambda size: captured(size.meta["val"])
+            )
+            made = step.target(made, *args, **kwargs)  # type: ignore[operator]
+    if not isinstance(made, Tensor):
+        return None
+    alike = made.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return Weight(node, made) if alike else None
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -87,7 +102,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors share memory."""
+    """Whether two tensors share memory, or lie between each other."""
     (first, end), (other, other_end) = (_span(t) for t in (a, b))
     return first < other_end and other < end
 
@@ -99,20 +114,21 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def readers(program: Program, weight: Weight) -> Iterator[fx.Node]:
-    """The nodes that read a weight's memory, behind any change of layout."""
+    """The nodes that read a weight's memory, behind changes of layout; not other parts of it."""
     for node in program.graph.nodes:
         if node.op != "get_attr":
             continue
         value = attribute(program.graph_module, str(node.target))
         if not isinstance(value, Tensor) or not _overlap(value, weight.tensor):
             continue
-        stack = list(node.users)
+        stack = [node]
         while stack:
-            user = stack.pop()
-            if user.target in _LAYOUTS:
-                stack += user.users
-            else:
-                yield user
+            behind = stack.pop()
+            found = weight_behind(behind, program)
+            if found is not None and not _overlap(found.tensor, weight.tensor):
+                continue
+            stack += [user for user in behind.users if user.target in _LAYOUTS]
+            yield from (user for user in behind.users if user.target not in _LAYOUTS)
 
 
 def place(weight: Weight, program: Program) -> fx.Node:

@@ -481,6 +481,15 @@ READINGS = ("as it is", "t", "transpose", "permute", "mT", "T")
 BIASED = ("none", "after", "before", "fused")
 
 
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "select": lambda w: w[1],
+    "unbind": lambda w: w.unbind()[2],
+    "chunk": lambda w: w.chunk(3)[1],
+    "split": lambda w: w.split(len(w) // 3)[2],
+    "slice": lambda w: w[: len(w) // 3],
+}
+
+
 @dataclass(frozen=True)
 class Linear:
     """One product with a weight.
@@ -491,6 +500,7 @@ class Linear:
         bias: whether and where one is added.
         lead: sizes in front of the features.
         axes, out: for einsum: order of the letters of x and of the result.
+        part: how it is taken from the parameter, where that holds several weights.
     """
 
     product: str
@@ -499,6 +509,7 @@ class Linear:
     lead: tuple[int, ...]
     axes: tuple[int, ...]
     out: tuple[int, ...]
+    part: str
     seed: int
 
     def build(self) -> tuple[nn.Module, tuple[Tensor]]:
@@ -522,6 +533,7 @@ def linears(draw: DrawFn) -> Linear:
         (2, 3, 2)[:rank],
         tuple(draw(places)),
         tuple(draw(places)),
+        draw(st.sampled_from(("whole", *PARTS))) if product != "tied" else "whole",
         draw(st.integers(0, 3)),
     )
 
@@ -536,7 +548,10 @@ class _Linear(nn.Module):
         shape = (WIDTH, FEATURES) if by_rows else (FEATURES, WIDTH)
         if drawn.reading != "as it is" and not drawn.product.startswith("conv"):
             shape = shape if drawn.product == "tied" else shape[::-1]
-        self.weight = nn.Parameter(torch.randn(shape))
+        several = () if drawn.part == "whole" else (3,)
+        self.weight = nn.Parameter(torch.randn(*several, *shape))
+        if drawn.part in ("chunk", "split", "slice"):
+            self.weight = nn.Parameter(self.weight.detach().flatten(0, 1))
         self.bias = nn.Parameter(torch.randn(WIDTH))
 
     def turned(self) -> Tensor:
@@ -549,7 +564,11 @@ class _Linear(nn.Module):
             "mT": lambda w: w.mT,
             "T": lambda w: w.T,
         }
-        return turns[self.drawn.reading](self.weight)
+        return turns[self.drawn.reading](self.part())
+
+    def part(self) -> Tensor:
+        """The weight, of those that the parameter holds."""
+        return PARTS[self.drawn.part](self.weight) if self.drawn.part != "whole" else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         drawn = self.drawn
@@ -621,9 +640,9 @@ class _Linear(nn.Module):
         return axes, out, lead + "m"
 
     def _conv1d(self, x: Tensor) -> tuple[Tensor, bool]:
-        y = F.conv1d(x.transpose(1, 2), self.weight[..., None], self._fused)
+        y = F.conv1d(x.transpose(1, 2), self.part()[..., None], self._fused)
         return y.transpose(1, 2), self._fused is not None
 
     def _conv2d(self, x: Tensor) -> tuple[Tensor, bool]:
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight.view(WIDTH, -1, 1, 1), self._fused)
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.part().view(WIDTH, -1, 1, 1), self._fused)
         return y.permute(0, 2, 3, 1), self._fused is not None

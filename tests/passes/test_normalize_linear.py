@@ -214,6 +214,32 @@ def test_a_head_tied_to_the_embedding_stays_tied() -> None:
     assert_equivalent(program, model, (tokens,))
 
 
+def test_parts_of_one_parameter_are_weights_of_their_own() -> None:
+    """Attention of torch to another sequence: three projections of three inputs in one tensor."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(N, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor
+            y, _ = self.attention(x, x.sin(), x.cos())
+            return y
+
+    model, x = Cross().eval(), torch.randn(B, T, N)
+    program, record = normalize(model, x)
+    assert not record.declined
+    assert [site.shape for site in linear_sites(program)] == [(N, N)] * 4
+    held = sum(t.numel() for t in program.tensors().values())
+    assert held == sum(p.numel() for p in model.parameters())
+    assert_equivalent(program, model, (x,))
+    kept = model.attention.in_proj_weight.detach().clone()
+    program(x).sum().backward()
+    torch.optim.SGD(program.graph_module.parameters(), lr=1.0).step()
+    assert torch.equal(model.attention.in_proj_weight, kept)
+
+
 def test_views_are_unwrapped_for_a_dynamic_size() -> None:
     def flattened(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return torch.addmm(b, x.view(-1, N), w).view(*x.shape[:-1], M)
@@ -250,6 +276,12 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         "the weight is read in another layout too: a copy would untie it",
         lambda x, w: nn.functional.linear(x @ w, w),
         ((N, M),),
+        (T, N),
+    ),
+    (
+        "the weight is read in another layout too: a copy would untie it",
+        lambda x, w: x.t() @ w[1:] + w.sum(),
+        ((T + 1, M),),
         (T, N),
     ),
     ("the weight is computed by aten.mul", lambda x, w: x @ (w * 2), ((N, M),), (T, N)),
