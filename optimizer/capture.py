@@ -97,7 +97,7 @@ def capture_calls(model: nn.Module, calls: Sequence[Call]) -> Program:
     structures = {str(pytree.tree_structure(call)) for call in canonical}
     if len(structures) > 1:
         raise CaptureError("the calls differ in their arguments; give all batches the same keys")
-    chosen = max(canonical, key=_smallest_size)
+    chosen = _least_specialized(canonical)
     args, kwargs = chosen
     program = capture(model, args, kwargs, _dynamic(model, canonical, chosen))
     fixed = _fixed_length(program, canonical)
@@ -144,10 +144,19 @@ def _capture_lengths(
     return replace(program, shorter=tuple(shorter))
 
 
-def _smallest_size(call: Call) -> int:
-    """A size of one specializes in export: prefer the call whose smallest size is largest."""
-    sizes = [s for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) for s in leaf.shape]
-    return min(sizes, default=0)
+def _least_specialized(calls: Sequence[Call]) -> Call:
+    """The call whose smallest size, of those that differ between calls, is largest.
+
+    A size of one specializes in export.
+    """
+    rows = [pytree.tree_leaves(call) for call in calls]
+    marks = [_varying(column) for column in zip(*rows, strict=True)]
+
+    def smallest(index: int) -> int:
+        leaves = zip(rows[index], marks, strict=True)
+        return min((leaf.shape[dim] for leaf, dims in leaves for dim in dims), default=0)
+
+    return calls[max(range(len(calls)), key=smallest)]
 
 
 def _dynamic(

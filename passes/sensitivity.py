@@ -117,7 +117,7 @@ def _add_gradients(
     probe: Tensor | None, outputs: Mapping[str, _Output], weights: Mapping[str, _Weights]
 ) -> None:
     held = {name: o.value for name, o in outputs.items() if o.value is not None}
-    if probe is not None:
+    if probe is not None and held:  # a call that nothing was captured for runs no site
         found = torch.autograd.grad(probe, list(held.values()), allow_unused=True)
         for name, gradient in zip(held, found, strict=True):
             if gradient is not None:

@@ -100,9 +100,10 @@ def test_a_backward_of_its_own_is_refused_not_wrong() -> None:
         body(x).sum().backward()
 
 
-def test_sizes_that_differ_between_calls_are_dynamic() -> None:
+@pytest.mark.parametrize("lengths", [(48, 40), (1, 48, 40)])
+def test_sizes_that_differ_between_calls_are_dynamic(lengths: tuple[int, ...]) -> None:
     model = stack(causal=True)
-    calls: list[Call] = [((x,), {}) for x in (batches(1, 48)[0], batches(1, 40)[0])]
+    calls: list[Call] = [((batches(1, length)[0],), {}) for length in lengths]
     body = capture_model(model, calls).build(fallback=False)
     for tokens in (48, 40, 17):
         assert_equivalent(body, model.eval(), (batches(1, tokens)[0],))

@@ -104,6 +104,14 @@ def test_rows_that_few_calls_have_are_means_over_those() -> None:
     assert not torch.equal(both[:, :5], alone[:, :5])
 
 
+def test_a_call_that_runs_the_original_counts_for_nothing() -> None:
+    row, *longer = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 8, 4)
+    (weights,) = weights_of(Longer(), *longer).values()
+    with pytest.warns(UserWarning, match="a call runs the original module"):
+        (same,) = weights_of(Longer(), row, *longer).values()
+    assert_equivalent(lambda: same, lambda: weights, ())
+
+
 class Chosen(nn.Module):
     """An output that has no gradient."""
 
