@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fxpress.environment import cache_folder
 from fxpress.zoo.samples import DATA
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["BEGIN", "END", "PAD", "SPECIAL", "load", "named", "train"]
 
@@ -24,6 +27,8 @@ SHIPPED = DATA / "tokenizers"
 
 def train(texts: Iterable[str], size: int) -> Tokenizer:
     """A tokenizer of at most `size` tokens, learned from texts; it adds no special token itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,12 +39,17 @@ def train(texts: Iterable[str], size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # text that looks like one is text
     return tokenizer
 
 
 def load(path: Path) -> Tokenizer:
     """A tokenizer that was saved, by its `save(path)`."""
-    return Tokenizer.from_file(str(path))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def named(name: str, size: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:

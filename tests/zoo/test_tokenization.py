@@ -32,7 +32,7 @@ def test_another_process_learns_the_same() -> None:
 def test_any_text_comes_back() -> None:
     tokenizer = tokenization.train(texts(), SIZE)
     assert tokenizer.get_vocab_size() == SIZE
-    for text in ("Emma Woodhouse, handsome, clever", "Übermaß → 3 €", "tab\tand\nline"):
+    for text in ("Emma Woodhouse, handsome, clever", "Übermaß → 3 €", "tab\tand\nline", "a </s> b"):
         assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
     assert [tokenizer.token_to_id(t) for t in tokenization.SPECIAL] == [0, 1, 2]
     frequent = tokenizer.encode("the and her")
