@@ -18,6 +18,7 @@ __all__ = ["Recipe", "RecipeError", "list_recipes", "load", "parse"]
 
 FOLDER = Path(__file__).parent / "recipes"
 OPTIMIZERS = ("adamw", "rmsprop")
+STORED = ("float32", "float16")
 
 
 class RecipeError(FxpressError, ValueError):
@@ -44,6 +45,7 @@ class Recipe:
     clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # in training only
     seed: int = 0
+    stored: str = "float32"  # the type of the weights that are written, and that the scores are of
     reduced: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class Recipe:
         if self.optimizer not in OPTIMIZERS:
             names = ", ".join(OPTIMIZERS)
             raise RecipeError(f"{self.name}: optimizer is {self.optimizer!r}: give one of {names}")
+        if self.stored not in STORED:
+            raise RecipeError(f"{self.name}: stored is {self.stored!r}: give {' or '.join(STORED)}")
         if "name" not in self.model:
             raise RecipeError(f"{self.name}: model needs a name, one of fxpress.zoo.list_models()")
 

@@ -61,7 +61,8 @@ def train(
     module, state = training.train(plan, task, checkpoint, device=device, progress=progress)
     if not training.is_first_process():
         return {}
-    weights = {name: x.cpu().contiguous() for name, x in module.state_dict().items()}
+    weights = {name: _stored(x, plan) for name, x in module.state_dict().items()}
+    module.load_state_dict(weights)
     _write(out / f"{plan.name}.safetensors", lambda path: save_file(weights, path))
     card = {
         "recipe": dataclasses.asdict(plan),
@@ -122,6 +123,12 @@ def load_module(name: str, folder: Path = SHIPPED) -> nn.Module:
     module = registry.create_model(**card["recipe"]["model"])
     module.load_state_dict(load_file(path))
     return module.eval()
+
+
+def _stored(x: torch.Tensor, plan: Recipe) -> torch.Tensor:
+    """A weight as it is written."""
+    kind = getattr(torch, plan.stored) if x.is_floating_point() else x.dtype
+    return x.to("cpu", kind).contiguous()
 
 
 def _scores(module: nn.Module, task: objectives.Task) -> dict[str, float]:

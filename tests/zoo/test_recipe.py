@@ -62,6 +62,7 @@ def test_unknown_name_offers_the_nearest() -> None:
         ({"label_smoothing": 1.0}, "r: label_smoothing must be from 0 to 1"),
         ({"learning_rate": -1.0}, "r: learning_rate is -1.0"),
         ({"optimizer": "adan"}, "r: optimizer is 'adan': give one of adamw, rmsprop"),
+        ({"stored": "int8"}, "r: stored is 'int8': give float32 or float16"),
         ({"model": {"width": 8}}, "r: model needs a name"),
         ({"reduced": {"steps": 3, "models": {}}}, "r: unknown field 'models'"),
     ],

@@ -136,6 +136,15 @@ def test_written_weights_are_the_model(tmp_path: Path) -> None:
     assert_equivalent(again, module, (ids,), exactness=BITWISE)
 
 
+def test_scores_are_of_the_weights_as_stored(tmp_path: Path) -> None:
+    card = trained.train(tiny(steps=20, stored="float16"), tmp_path)
+    weights = load_file(tmp_path / "tiny.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float16}
+    module = trained.load_module("tiny", tmp_path)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert trained.evaluate("tiny", tmp_path)["scores"] == card["scores"]
+
+
 def test_weights_that_are_not_there_or_not_those(tmp_path: Path) -> None:
     with pytest.raises(PretrainedError, match="has no trained tiny: `fxpress zoo train tiny`"):
         trained.load_module("tiny", tmp_path)
