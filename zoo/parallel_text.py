@@ -160,7 +160,7 @@ def _messages_and_manuals(apt: Apt) -> Iterator[Pair]:
             yield from _same_structure(name, both["en"], both["de"])
 
 
-# What is kept, and where ---------------------------------------------------------------------------
+# What is kept, and where --------------------------------------------------------------------------
 
 
 def _usable(source: str, target: str) -> bool:

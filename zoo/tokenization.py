@@ -1,74 +1,89 @@
-"""Subword tokenizers: byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), by `tokenizers`.
+"""Byte-pair tokenizers (Sennrich et al. 2016): trained on a corpus once, found again by name.
 
-Any text can be said in its tokens, since every byte is one of them, and the same texts give the
-same tokenizer. Tokens 0, 1, 2 are padding, beginning and end.
+They work on bytes, so that no text is unknown. A text becomes its tokens and `END`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 from filelock import FileLock
+from torch import Tensor
 
 from fxpress.environment import cache_folder
-from fxpress.zoo.samples import DATA
+from fxpress.zoo import corpora
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+__all__ = ["END", "PAD", "START", "decode", "encode", "load", "pad", "train"]
 
-__all__ = ["BEGIN", "END", "PAD", "SPECIAL", "load", "named", "train"]
-
-SPECIAL = ("<pad>", "<s>", "</s>")
-PAD, BEGIN, END = range(3)
-SHIPPED = DATA / "tokenizers"
+PAD, START, END = range(3)
+SPECIAL = ["<pad>", "<s>", "</s>"]
+SHIPPED = Path(__file__).parent / "trained"
+SUFFIX = ".tokenizer"  # JSON, as the library writes it; the cards beside it are the .json
 
 
-def train(texts: Iterable[str], size: int) -> Tokenizer:
-    """A tokenizer of at most `size` tokens, learned from texts; it adds no special token itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def train(texts: Iterable[str], vocabulary: int) -> Any:
+    """A `tokenizers.Tokenizer` of so many tokens; the same one for the same texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.encode_special_tokens = True  # text that looks like one is text
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {SPECIAL[END]}", special_tokens=[(SPECIAL[END], END)]
+    )
     return tokenizer
 
 
-def load(path: Path) -> Tokenizer:
-    """A tokenizer that was saved, by its `save(path)`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def named(name: str, size: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of that many tokens for a corpus: shipped, or in the cache, or trained now.
+@cache
+def load(corpus: str, fields: tuple[str, ...], vocabulary: int) -> Any:
+    """The tokenizer of the train split of a corpus: the one that ships, or else trained once.
 
     Args:
-        name: of the corpus.
-        size: number of tokens.
-        texts: gives what to train it on.
+        corpus: a name that `corpora.load` takes.
+        fields: the texts of a row; their tokens are shared.
+        vocabulary: number of tokens, of which 259 are bytes and marks.
+
+    Raises:
+        CorpusError: it does not ship, and the corpus is not to be had.
     """
-    stem = f"{name.replace('/', '-').replace(':', '-')}-{size}"
-    if (shipped := SHIPPED / f"{stem}.json").is_file():
-        return load(shipped)
-    cached = cache_folder() / "tokenizers"
-    cached.mkdir(exist_ok=True)
-    path = cached / f"{stem}.json"
-    with FileLock(cached / f"{stem}.lock"):
-        if not path.is_file():
-            partial = path.with_suffix(".partial")
-            train(texts(), size).save(str(partial))
-            partial.replace(path)
-    return load(path)
+    from tokenizers import Tokenizer
+
+    name = f"{corpus}-{'-'.join(fields)}-{vocabulary}{SUFFIX}".replace(":", "-").replace("/", "-")
+    if (SHIPPED / name).is_file():
+        return Tokenizer.from_file(str(SHIPPED / name))
+    folder = cache_folder() / "tokenizers"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / name).is_file():
+            rows = corpora.load(corpus, "train")
+            made = train((row[field] for row in rows for field in fields), vocabulary)
+            made.save(str(folder / f"{name}.partial"), pretty=False)
+            (folder / f"{name}.partial").replace(folder / name)
+    return Tokenizer.from_file(str(folder / name))
+
+
+def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    """The tokens of each text, `END` the last."""
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def decode(tokenizer: Any, ids: Tensor) -> list[str]:
+    """The texts of rows of tokens (B, T), without their marks."""
+    return [str(text).strip() for text in tokenizer.decode_batch(ids.tolist())]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int = PAD) -> Tensor:
+    """Rows of tokens as (B, N) of int64, `value` where one has ended."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
