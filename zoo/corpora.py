@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -143,12 +142,13 @@ def _built(name: str) -> Path:
 
 
 def _write(made: Corpus, downloads: Path, out: Path) -> None:
+    from datasets import Dataset
+
     try:
         rows = made.build(downloads)
         for split in SPLITS:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
-            with (out / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(lines)
+            # Not JSON lines: a row may hold bytes, such as an image.
+            Dataset.from_list(list(rows[split])).to_parquet(str(out / f"{split}.parquet"))
     except FxpressError as error:
         raise CorpusError(f"the corpus {made.name} cannot be built here: {error}") from error
 
