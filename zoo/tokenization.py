@@ -57,11 +57,9 @@ def load(corpus: str, fields: tuple[str, ...], vocabulary: int) -> Any:
     Raises:
         CorpusError: it does not ship, and the corpus is not to be had.
     """
-    from tokenizers import Tokenizer
-
     name = f"{corpus}-{'-'.join(fields)}-{vocabulary}{SUFFIX}".replace(":", "-").replace("/", "-")
     if (SHIPPED / name).is_file():
-        return Tokenizer.from_file(str(SHIPPED / name))
+        return _read(SHIPPED / name)
     folder = cache_folder() / "tokenizers"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
@@ -70,7 +68,15 @@ def load(corpus: str, fields: tuple[str, ...], vocabulary: int) -> Any:
             made = train((row[field] for row in rows for field in fields), vocabulary)
             made.save(str(folder / f"{name}.partial"), pretty=False)
             (folder / f"{name}.partial").replace(folder / name)
-    return Tokenizer.from_file(str(folder / name))
+    return _read(folder / name)
+
+
+def _read(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True  # a text that holds a mark's name is text
+    return tokenizer
 
 
 def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
