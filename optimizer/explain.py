@@ -42,9 +42,10 @@ class Site:
         path: name of the site: module path, with `#n` for further calls in the same module.
         recognised: whether it was brought to its canonical form.
         reason: why not, or the estimate in milliseconds.
-        kind: attention: "self", "causal" or "cross"; matmul: "linear", or "patches" of a
-            convolution whose windows do not overlap; recurrence: its cell.
-        shape: attention (B, H, Hkv, Nq, Nk, D, Dv); matmul (m, n); recurrence: input sizes.
+        kind: attention: "self", "causal" or "cross"; matmul: "linear", "patches" of a convolution
+            whose windows do not overlap, or a bank of "experts"; recurrence: its cell.
+        shape: attention (B, H, Hkv, Nq, Nk, D, Dv); matmul (m, n), or (experts, m, n); recurrence:
+            input sizes.
         node: name of the node.
         gain: estimated speed-up of the whole model from rewriting this site alone to the target
             that `Explanation.assumptions` states; below 1 where that would make it slower.
@@ -260,15 +261,15 @@ class _Estimate:
 
     def _matmul(self, site: LinearSite, region: Region) -> Site:
         dtype = site.node.meta["val"].dtype
-        copied = site.patches is not None
-        key = (site.shape, site.tokens, dtype, copied)
+        place = Place.of(site, dtype, self.hardware)
+        key = (site.shape, site.tokens, dtype, place.copied, place.experts)
         if key not in self.forms:
-            place = Place(site.shape, site.tokens, dtype, self.hardware, copied=copied)
             self.forms[key] = _cheapest(place)
         form, after = self.forms[key]
         target = None if form is None else (str(form), after)
         reason = f"too narrow for a form of {_PARAMETERS:.0%} of its parameters"
-        return self._site(site.name, site.kind, site.shape, site.node, region, target, reason)
+        shape = site.shape if site.experts is None else (site.experts, *site.shape)
+        return self._site(site.name, site.kind, shape, site.node, region, target, reason)
 
     def _recurrences(self, region: Region) -> list[Site]:
         sites = []

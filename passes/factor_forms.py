@@ -7,7 +7,7 @@ the best rank-r fit is the sum of the eigenvalues that it leaves out (`vvma_fit`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from fxpress.cost import Hardware, Work, dense_work, low_rank_work, vvma_work
 from fxpress.passes.factor_settings import FactorVvmaConfig
 from fxpress.passes.low_rank_fit import fit_low_rank
+from fxpress.passes.sites import LinearSite
 from fxpress.passes.vvma_fit import fit_vvma
 
 __all__ = [
@@ -46,6 +47,7 @@ class Place:
         hardware: where it runs.
         freed: whether nothing else reads the weight, so that replacing it frees its bytes.
         copied: whether another form copies its input and its output, as that of patches does.
+        experts: how many matrices of that shape there are, each with vectors of its own.
     """
 
     shape: tuple[int, int]
@@ -54,6 +56,21 @@ class Place:
     hardware: Hardware
     freed: bool = True
     copied: bool = False
+    experts: int = 1
+
+    @classmethod
+    def of(cls, site: LinearSite, dtype: torch.dtype, hardware: Hardware) -> Place:
+        """The place of a site."""
+        copied, experts = site.kind == "patches", site.experts or 1
+        return cls(site.shape, site.tokens, dtype, hardware, copied=copied, experts=experts)
+
+    def ms(self, work: Sequence[Work]) -> float:
+        """Milliseconds of work that is done for each expert, in calls that do it for all."""
+        each = [
+            replace(w, multiply_adds=w.multiply_adds * self.experts, bytes=w.bytes * self.experts)
+            for w in work
+        ]
+        return self.hardware.ms(each, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ class Form:
     def cost(self, place: Place, objective: str) -> float:
         """Milliseconds of a call, or bytes, by `objective`."""
         if objective == "memory":
-            return float(self.parameters(place.shape) * place.dtype.itemsize)
+            return float(self.parameters(place.shape) * place.dtype.itemsize * place.experts)
         size, hardware = place.dtype.itemsize, place.hardware
         if self.block:
             cores = -(-place.shape[0] // self.block) if self.share == "row" else 1
@@ -114,15 +131,15 @@ class Form:
             work = low_rank_work(place.shape, self.rank, place.tokens, size)
         if place.copied:
             work = [*work, *(Work(0, 2 * size * place.tokens * n) for n in place.shape)]
-        return hardware.ms(work, place.dtype)
+        return place.ms(work)
 
 
 def dense_cost(place: Place, objective: str) -> float:
     """What a place costs as it is; in bytes, only what a rewrite would free."""
     if objective == "memory":
-        return float(place.freed * place.shape[0] * place.shape[1] * place.dtype.itemsize)
-    work = dense_work(place.shape, place.tokens, place.dtype.itemsize)
-    return place.hardware.ms(work, place.dtype)
+        numbers = place.experts * place.shape[0] * place.shape[1]
+        return float(place.freed * numbers * place.dtype.itemsize)
+    return place.ms(dense_work(place.shape, place.tokens, place.dtype.itemsize))
 
 
 def candidates(shape: tuple[int, int], config: FactorVvmaConfig) -> Iterator[Form]:
@@ -178,29 +195,40 @@ def predicted_errors(
     From above where a block does not divide the sizes: errors in the padding count.
 
     Args:
-        weight: (m, n).
-        moment: mean of x^2 (n,) or of x x' (n, n), or None for inputs of one size.
+        weight: (m, n), or (experts, m, n).
+        moment: mean of x^2 (n,) or of x x' (n, n), by expert where there are several, or None for
+            inputs of one size.
         forms: which forms.
     """
-    wide = weight.detach()
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    diagonal = wide.new_ones(wide.shape[1])
-    if moment is not None:
-        given = moment.to(wide)
-        diagonal = given if given.dim() == 1 else given.diagonal()
-    total = float((wide.square() * diagonal).sum()) or 1.0
-    energies: dict[tuple[int, bool], Tensor] = {}
-    errors = {}
-    for form in forms:
-        key = (form.block, form.share == "row")
-        if key not in energies:
-            energies[key] = (
-                _vvma_energies(wide, diagonal, *key)
-                if form.block
-                else _low_rank_energies(wide, diagonal)
-            )
-        errors[form] = float(energies[key][form.terms or form.rank]) / total
-    return errors
+    lost, total = dict.fromkeys(forms, 0.0), 0.0
+    for matrix, of_inputs in _matrices(weight, moment):
+        wide = matrix.detach()
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        diagonal = wide.new_ones(wide.shape[1])
+        if of_inputs is not None:
+            given = of_inputs.to(wide)
+            diagonal = given if given.dim() == 1 else given.diagonal()
+        total += float((wide.square() * diagonal).sum())
+        energies: dict[tuple[int, bool], Tensor] = {}
+        for form in forms:
+            key = (form.block, form.share == "row")
+            if key not in energies:
+                energies[key] = (
+                    _vvma_energies(wide, diagonal, *key)
+                    if form.block
+                    else _low_rank_energies(wide, diagonal)
+                )
+            lost[form] += float(energies[key][form.terms or form.rank])
+    return {form: energy / (total or 1.0) for form, energy in lost.items()}
+
+
+def _matrices(weight: Tensor, moment: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The matrices of a weight, each with the moment of its inputs."""
+    if weight.dim() == 2:
+        yield weight, moment
+    else:
+        moments = [None] * len(weight) if moment is None else moment
+        yield from zip(weight, moments, strict=True)
 
 
 def frontier(forms: Sequence[Form], costs: Sequence[float], errors: Sequence[float]) -> list[int]:
@@ -216,13 +244,44 @@ def frontier(forms: Sequence[Form], costs: Sequence[float], errors: Sequence[flo
 
 
 def fit(weight: Tensor, form: Form, moment: Tensor | None) -> dict[str, Any]:
-    """Fit a weight and return what the plan holds of it: factors, sizes, and the error."""
+    """Fit a weight and return what the plan holds of it: factors, sizes, and the error.
+
+    The factors of a bank (experts, m, n) are stacked; with share="layer" its experts share cores.
+    """
+    if weight.dim() == 3:
+        return _fit_bank(weight, form, moment)
     if form.block:
         done = fit_vvma(weight, form.block, form.terms, form.share, moment)
         factors = {"core": done.core, "vectors": done.vectors}
         return {"form": "vvma", **factors, "error": done.relative_error}
     low = fit_low_rank(weight, form.rank, moment)
     return {"form": "low-rank", "down": low.down, "up": low.up, "error": low.relative_error}
+
+
+def _fit_bank(weight: Tensor, form: Form, moment: Tensor | None) -> dict[str, Any]:
+    if form.block and form.share == "layer" and weight.shape[1] % form.block == 0:
+        fits = fit_layer(list(weight), form, None if moment is None else moment.mean(0))
+        return {**fits[0], "vectors": torch.stack([one["vectors"] for one in fits])}
+    fits, lost, total = [], 0.0, 0.0
+    for matrix, of_inputs in _matrices(weight, moment):
+        fits.append(fit(matrix, form, of_inputs))
+        energy = _energy(matrix, of_inputs)
+        lost, total = lost + energy * fits[-1]["error"] ** 2, total + energy
+    stacked = {
+        key: torch.stack([one[key] for one in fits])
+        for key, value in fits[0].items()
+        if isinstance(value, Tensor)
+    }
+    return {"form": fits[0]["form"], **stacked, "error": (lost / (total or 1.0)) ** 0.5}
+
+
+def _energy(weight: Tensor, moment: Tensor | None) -> float:
+    """Mean square of the outputs, summed."""
+    wide = weight.double()
+    if moment is None:
+        return float(wide.square().sum())
+    given = moment.to(wide)
+    return float(((wide * given if given.dim() == 1 else wide @ given) * wide).sum())
 
 
 def fit_layer(weights: Sequence[Tensor], form: Form, moment: Tensor | None) -> list[dict[str, Any]]:

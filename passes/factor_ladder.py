@@ -108,7 +108,7 @@ def _map(program: Program, site: LinearSite, config: FactorVvmaConfig, hardware:
     weight = site.matrix(program)
     reads = [n for n in program.graph.nodes if n.op == "get_attr" and n.target == site.weight]
     freed = sum(len(node.users) for node in reads) == 1
-    place = Place(site.shape, site.tokens, weight.dtype, hardware, freed, site.patches is not None)
+    place = replace(Place.of(site, weight.dtype, hardware), freed=freed)
     return _Map(site, config, place, weight, list(candidates(site.shape, config)))
 
 
@@ -224,7 +224,8 @@ def _layers(chosen: Sequence[tuple[_Map, Form]]) -> list[list[tuple[_Map, Form]]
     """Maps that share cores, share="layer": those of one input and one form, of whole tiles."""
     groups: dict[Any, list[tuple[_Map, Form]]] = {}
     for one, form in chosen:
-        together = form.share == "layer" and one.site.shape[0] % form.block == 0
-        key = (one.site.source, one.site.patches, form) if together else one.site.name
+        whole = one.site.shape[0] % form.block == 0 if form.share == "layer" else False
+        together = whole and one.site.experts is None
+        key = (one.site.source, one.site.cut, form) if together else one.site.name
         groups.setdefault(key, []).append((one, form))
     return list(groups.values())

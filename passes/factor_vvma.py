@@ -13,7 +13,7 @@ Exactness: APPROXIMATES(budget), held by the judge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +23,13 @@ from fxpress.cost import hardware_of
 from fxpress.errors import PassError
 from fxpress.ops import low_rank_linear  # noqa: F401 - defines the operator
 from fxpress.ops.vvma_linear import lay_out
+from fxpress.passes.contractions import Bank
 from fxpress.passes.dataflow import argument
 from fxpress.passes.factor_forms import Form, Place, dense_cost
 from fxpress.passes.factor_ladder import propose_forms
 from fxpress.passes.factor_settings import FactorVvmaConfig
-from fxpress.passes.sites import LinearSite, linear_sites
+from fxpress.passes.factored_banks import factored_bank
+from fxpress.passes.sites import FACTORED_BANK, LinearSite, linear_sites
 from fxpress.planning import PlanContext, PlannedPass, Proposal
 from fxpress.program import Program, attribute, module_path
 from fxpress.rewrite import Applied, Decline, PassContext, PassRecord, provide
@@ -43,10 +45,8 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
 }
-_FACTORS: dict[Any, tuple[str, str]] = {
-    torch.ops.fxpress.vvma_linear.default: ("core", "vectors"),
-    torch.ops.fxpress.low_rank_linear.default: ("down", "up"),
-}
+_KEYS = {True: ("core", "vectors"), False: ("down", "up")}  # by whether the form is vvma
+_RULES = ("factor-vvma", FACTORED_BANK)
 _GELU: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -99,11 +99,17 @@ class FactorVvma(PlannedPass):
 
     def trainable(self, program: Program) -> dict[tuple[str, str], nn.Parameter]:
         """The factors."""
-        found = {}
+        held: dict[str, list[nn.Parameter]] = {}
         for node in program.graph.nodes:
-            for key, source in zip(_FACTORS.get(node.target, ()), node.args[1:3], strict=False):
-                parameter = attribute(program.graph_module, str(source.target))
-                found[node.meta["provenance"].site, key] = parameter
+            made = node.meta.get("provenance")
+            if node.op == "get_attr" and made is not None and made.rule in _RULES:
+                parameter = attribute(program.graph_module, str(node.target))
+                held.setdefault(made.site, []).append(parameter)
+        found = {}
+        for site, factors in held.items():
+            is_vvma = factors[1].dim() >= 4  # vectors of a bank or not; up has fewer dimensions
+            for key, parameter in zip(_KEYS[is_vvma], factors, strict=True):
+                found[site, key] = parameter
         return found
 
     def run(self, program: Program, ctx: PassContext) -> PassRecord:
@@ -127,34 +133,43 @@ class FactorVvma(PlannedPass):
         return record
 
     def _rewrite(self, program: Program, site: LinearSite, decision: Mapping[str, Any]) -> None:
-        graph, node = program.graph, site.node
-        bias = argument(node, 2, "bias")
-        last, activation = _activation(node)
-        device = _device(program)
-
-        keys = ("down", "up") if decision["form"] == "low-rank" else ("core", "vectors")
+        is_vvma, is_bank = decision["form"] != "low-rank", site.experts is not None
+        last, activation = (site.node, None) if is_bank else _activation(site.node)
+        keys, device = _KEYS[is_vvma], _device(program)
         tensors = [decision[key].to(device) for key in keys]
-        if decision["form"] != "low-rank":
+        if is_vvma and not is_bank:
             tensors = list(lay_out(*tensors))
 
         def factored(x: fx.Node) -> fx.Node:
-            names = [f"{site.name}_{key}" for key in keys]
             factors = [
-                graph.get_attr(_register(program, *pair))
-                for pair in zip(names, tensors, strict=True)
+                program.graph.get_attr(_register(program, f"{site.name}_{key}", tensor))
+                for key, tensor in zip(keys, tensors, strict=True)
             ]
+            if is_bank:
+                return _of_bank(x, factors, tensors, site)
+            bias = argument(site.node, 2, "bias")
             args: tuple[Any, ...] = (x, *factors, bias, activation)
-            if decision["form"] == "low-rank":
-                return graph.call_function(torch.ops.fxpress.low_rank_linear.default, args)
-            return graph.call_function(
+            if not is_vvma:
+                return x.graph.call_function(torch.ops.fxpress.low_rank_linear.default, args)
+            return x.graph.call_function(
                 torch.ops.fxpress.vvma_linear.default, (*args, site.shape[0])
             )
 
         def build() -> fx.Node:
             return site.replaced(factored)
 
-        folded = [node] if last is not node else []
-        provide(program, last, self.name, build, site.name, folded)
+        folded = [site.node] if last is not site.node else []
+        rule = FACTORED_BANK if is_bank else self.name
+        provide(program, last, rule, build, site.name, folded)
+
+
+def _of_bank(
+    x: fx.Node, factors: Sequence[fx.Node], tensors: Sequence[Tensor], site: LinearSite
+) -> fx.Node:
+    assert isinstance(site.cut, Bank)
+    ranks = [tensor.dim() for tensor in tensors]
+    sizes = (*site.shape, tensors[1].shape[-1])
+    return factored_bank(x, factors, ranks, sizes, site.cut.is_shared)
 
 
 def _activation(node: fx.Node) -> tuple[fx.Node, str | None]:
@@ -188,38 +203,48 @@ def _device(program: Program) -> torch.device:
 
 def _form(decision: Mapping[str, Any]) -> Form:
     if decision["form"] == "low-rank":
-        return Form(rank=decision["down"].shape[0])
-    terms, _, _, block = decision["vectors"].shape
-    return Form(block, terms, share="row" if decision["core"].dim() == 4 else "matrix")
+        return Form(rank=decision["down"].shape[-2])
+    (terms, _, _, block), core = decision["vectors"].shape[-4:], decision["core"]
+    rowwise = core.dim() - (decision["vectors"].dim() - 4) == 4
+    return Form(block, terms, share="row" if rowwise else "matrix")
 
 
 def _unfit(site: LinearSite, decision: Mapping[str, Any]) -> str | None:
     m, n = site.shape
     if decision["form"] == "low-rank":
-        fits = (decision["up"].shape[0], decision["down"].shape[1]) == (m, n)
+        last = decision["up"]
+        fits = (last.shape[-2], decision["down"].shape[-1]) == (m, n)
+        experts = last.shape[:-2]
     else:
-        _, p, q, block = decision["vectors"].shape
+        last = decision["vectors"]
+        *experts, _, p, q, block = last.shape
         fits = (-(-m // block), -(-n // block)) == (p, q)
-    return None if fits else f"the factors do not fit a weight of {site.shape}"
+    given = () if site.experts is None else (site.experts,)
+    return None if fits and (*experts,) == given else f"the factors do not fit {_sizes(site)}"
+
+
+def _sizes(site: LinearSite) -> str:
+    of = "" if site.experts is None else f"{site.experts} experts, each "
+    return f"{of}a weight of {site.shape}"
 
 
 def _ledger(program: Program, site: LinearSite, decision: Mapping[str, Any]) -> dict[str, Any]:
     weight = attribute(program.graph_module, site.weight)
     form, (m, n) = _form(decision), site.shape
-    hardware, copied = hardware_of(weight.device), site.patches is not None
-    place = Place(site.shape, site.tokens, weight.dtype, hardware, copied=copied)
-    numbers = form.parameters(site.shape)
+    place = Place.of(site, weight.dtype, hardware_of(weight.device))
+    tokens, dense = site.tokens * place.experts, m * n * place.experts
+    numbers = form.parameters(site.shape) * place.experts
     return {
         "kind": site.kind,
         "form": str(form),
         "relative_error": decision["error"],
         "arithmetic": form.arithmetic(site.shape),
         "multiply_adds": {
-            "before": m * n * site.tokens,
-            "after": form.multiply_adds(site.shape) * site.tokens,
+            "before": m * n * tokens,
+            "after": form.multiply_adds(site.shape) * tokens,
         },
-        "parameters": {"before": m * n, "after": numbers},
-        "bytes": {"before": m * n * weight.itemsize, "after": numbers * weight.itemsize},
+        "parameters": {"before": dense, "after": numbers},
+        "bytes": {"before": dense * weight.itemsize, "after": numbers * weight.itemsize},
         "modelled_ms": {
             "before": dense_cost(place, "latency"),
             "after": form.cost(place, "latency"),

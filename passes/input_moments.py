@@ -16,7 +16,7 @@ __all__ = ["InputMoment"]
 
 @dataclass
 class InputMoment:
-    """Mean of x^2 (n,), or of x x' (n, n), over all vectors that a site maps.
+    """Mean of x^2 (n,), or of x x' (n, n), over all vectors that a site maps; by expert of a bank.
 
     Sums are float64 and the mean float32: what the order of the batches changes is rounded away.
 
@@ -38,14 +38,14 @@ class InputMoment:
 
     def observe(self, inputs: Mapping[str, Any], _output: Any) -> None:
         """Add one call."""
-        x = self.site.vectors(inputs[self.site.source.name].detach()).flatten(0, -2)
+        x = self.site.vectors(inputs[self.site.source.name].detach())
         if self.full:
             moment = x.double().mT @ x.double()
         else:  # summed in float64 without a copy
-            moment = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
+            moment = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float64).square()
         moment = moment.cpu()
         self._sum = moment if self._sum is None else self._sum + moment
-        self._count += x.shape[0]
+        self._count += x.shape[-2]
         self._calls += 1
 
     @property

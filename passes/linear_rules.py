@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxpress.passes.contractions import Arrangement, Bank, Contraction, bank_of, contraction_of
 from fxpress.passes.dataflow import argument
 from fxpress.passes.patches import Patches, patches_of
 from fxpress.passes.weights import Weight, place, readers, same_layout, weight_behind
@@ -26,13 +26,12 @@ LINEAR = aten.linear.default
 
 @dataclass(frozen=True)
 class _Product:
-    """out = permute(linear(permute(x, before), W, bias), after)."""
+    """out = linear(x, W, bias), or that between changes of layout."""
 
     x: fx.Node
     weight: Weight
     bias: Any = None
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    arrangement: Arrangement | None = None
 
 
 class _ToLinear(Rewrite):
@@ -53,19 +52,16 @@ class _ToLinear(Rewrite):
         return Decline("the weight is read in another layout too: a copy would untie it", node)
 
     def replace(self, node: fx.Node, match: Any, program: Program) -> fx.Node:
-        """Linear, between the permutations that it needs."""
-        graph, x = program.graph, match.x
+        """Linear, between the changes of layout that it needs."""
+        graph, x, around = program.graph, match.x, match.arrangement
         weight = place(match.weight, program)
-        if match.before:
-            x = graph.call_function(aten.permute.default, (x, list(match.before)))
+        if around is not None:
+            x = around.emit(x)
         bias = () if match.bias is None else (match.bias,)
         out = graph.call_function(LINEAR, (x, weight, *bias))
-        if match.after:
-            out = graph.call_function(aten.permute.default, (out, list(match.after)))
-            if node.meta["val"].is_contiguous() and not _only_moved(node, match.before):
-                # A later view may count on it.
-                out = graph.call_function(aten.contiguous.default, (out,))
-        return out
+        if around is None:
+            return out
+        return around.restore(out, node, _only_moved(node, around.before))  # type: ignore[no-any-return]
 
 
 class LinearFromMatmul(_ToLinear):
@@ -87,7 +83,8 @@ class LinearFromMatmul(_ToLinear):
             return _multiplied(node, node.args[0], node.args[1], None, program)
         if node.target is aten.addmm.default:
             return _added(node, program)
-        return None
+        bank = bank_of(node, program)
+        return bank if isinstance(bank, Decline) else None
 
 
 def _read_turned(node: fx.Node, program: Program) -> _Product | Decline | None:
@@ -111,11 +108,14 @@ def _multiplied(
     if not _from_input(x) or weight.meta["val"].ndim < 2:
         return None
     found = weight_behind(weight, program)
-    if found is None and weight.meta["val"].ndim == 2:
+    if found is None:
         return Decline(f"the weight is computed by {_operator(weight)}", node)
-    single = found.single() if found is not None else None
+    single = found.single()
     if single is None or x.meta["val"].ndim != node.meta["val"].ndim:
-        return Decline("the weight is a batch of matrices", node)
+        bank = bank_of(node, program)
+        if isinstance(bank, Bank):
+            return None
+        return bank or Decline("the weight is a batch of matrices", node)
     return _Product(x, single.transposed(), bias)
 
 
@@ -152,71 +152,38 @@ def _operator(node: fx.Node) -> str:
 class LinearFromEinsum(_ToLinear):
     """einsum("btn,nm->btm", x, W)  ->  linear(x, W')   any letters, operands in any order.
 
-    tensordot(x, W) over one dimension is such an einsum.
+    Several letters may stand for the inputs, and several for the outputs, where they lie together
+    in memory: einsum("btn,nhd->bthd", x, W) -> unflatten(linear(x, W')). tensordot is such an
+    einsum. One with a matrix for each of several experts stays what it is (`contractions.py`).
     """
 
     name: ClassVar[str] = "linear-from-einsum"
 
     def read(self, node: fx.Node, program: Program) -> _Product | Decline | None:
-        """A sum over one letter that a matrix of the model shares with x."""
-        equation, operands = _contraction(node)
-        if len(operands) != 2:
+        """A sum over letters that a weight of the model shares with x."""
+        if node.target not in (aten.einsum.default, aten.tensordot.default):
             return None
-        (x, weight), turned = _input_first(operands)
-        if weight is None:
-            return None
-        terms, _, out = equation.partition("->")
-        axes, rows = reversed(terms.split(",")) if turned else terms.split(",")
-        found = weight_behind(weight, program)
-        if found is None or found.tensor.ndim != 2:
-            return Decline(f"the einsum {equation} has no matrix of the model", node)
-        return _contracted(node, x, axes, found, rows, out)
+        found = contraction_of(node, program)
+        if not isinstance(found, Contraction):
+            return _without_weight(node)
+        if isinstance(bank := bank_of(node, program), (Bank, Decline)):
+            return bank if isinstance(bank, Decline) else None
+        matrix = found.matrix() if found.is_map else None
+        if matrix is None:
+            letters = f"{found.axes},{found.rows}->{found.out}"
+            return Decline(f"the einsum {letters} is no product with a matrix", node)
+        weight = Weight(found.weight.source, matrix)
+        return _Product(found.x, weight, None, found.arrangement())
 
 
-def _contraction(node: fx.Node) -> tuple[str, Any]:
-    """The equation of an einsum or tensordot, and its operands; none of other calls."""
+def _without_weight(node: fx.Node) -> Decline | None:
+    """Why an einsum of an input and of something that no call decides is no linear."""
     given: Any = node.args
-    if node.target is aten.einsum.default:
-        return given[0].replace(" ", ""), given[1]
-    if node.target is not aten.tensordot.default:
-        return "", ()
-    ranks = [operand.meta["val"].ndim for operand in given[:2]]
-    letters = string.ascii_lowercase
-    left, right = list(letters[: ranks[0]]), list(letters[ranks[0] : sum(ranks)])
-    for one, other in zip(given[2], given[3], strict=True):
-        right[other] = left[one]
-    out = [x for x in (*left, *right) if (x in left) != (x in right)]
-    return f"{''.join(left)},{''.join(right)}->{''.join(out)}", given[:2]
-
-
-def _input_first(operands: Any) -> tuple[tuple[fx.Node, fx.Node | None], bool]:
-    """The operand that a call decides, the one of the model, and whether they were turned."""
-    left, right = operands
-    from_input = _from_input(left), _from_input(right)
-    if from_input[0] == from_input[1]:
-        return (left, None), False
-    return ((left, right), False) if from_input[0] else ((right, left), True)
-
-
-def _contracted(
-    node: fx.Node, x: fx.Node, axes: str, weight: Weight, rows: str, out: str
-) -> _Product | Decline:
-    shared = [letter for letter in rows if letter in axes]
-    if len(shared) != 1 or len(set(rows)) != 2 or len(set(axes)) != len(axes) or "." in axes:
-        return Decline(f"the einsum {axes},{rows}->{out} is no product with a matrix", node)
-    inner = shared[0]
-    outer = rows.replace(inner, "")
-    rest = out.replace(outer, "")
-    if sorted(rest + inner) != sorted(axes) or outer not in out:
-        return Decline(f"the einsum {axes},{rows}->{out} is no product with a matrix", node)
-    matrix = weight if rows == outer + inner else weight.transposed()
-    before = tuple(axes.index(letter) for letter in rest + inner)
-    after = tuple((rest + outer).index(letter) for letter in out)
-    return _Product(x, matrix, None, _unless_sorted(before), _unless_sorted(after))
-
-
-def _unless_sorted(order: Sequence[int]) -> tuple[int, ...]:
-    return () if list(order) == sorted(order) else tuple(order)
+    operands = given[1] if node.target is aten.einsum.default else given[:2]
+    if len(operands) != 2 or len({_from_input(operand) for operand in operands}) == 1:
+        return None
+    (weight,) = (operand for operand in operands if not _from_input(operand))
+    return Decline(f"the weight is computed by {_operator(weight)}", node)
 
 
 class LinearFromConvolution(_ToLinear):
@@ -250,7 +217,8 @@ class LinearFromConvolution(_ToLinear):
         lies_last = _lies_as(x, before) and (_lies_as(node, before) or _only_moved(node, before))
         if not patches.is_pointwise or not lies_last:
             return None
-        return _Product(x, found.flat(), argument(node, 2, "bias"), before, after)
+        around = Arrangement(before, 1, (found.tensor.shape[0],), after)
+        return _Product(x, found.flat(), argument(node, 2, "bias"), around)
 
 
 def _lies_as(node: fx.Node, order: Sequence[int]) -> bool:

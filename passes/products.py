@@ -16,7 +16,7 @@ from torch import fx
 
 from fxpress.passes.dataflow import argument, sizes
 
-__all__ = ["Product", "Strided", "emit", "product", "unless_sorted"]
+__all__ = ["Product", "Strided", "emit", "labels", "product", "unless_sorted"]
 
 aten = torch.ops.aten
 
@@ -205,7 +205,7 @@ def _einsum(node: fx.Node) -> Product | None:
     left, right = operands
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    first, second, output = _labels(str(node.args[0]), left, right)
+    first, second, output = labels(str(node.args[0]), left, right)
     repeated = any(len(set(part)) != len(part) for part in (first, second, output))
     summed = {x for x in first if x in second and x not in output}
     if repeated or len(summed) != 1 or {*first, *second} != {*output, *summed}:
@@ -226,7 +226,7 @@ def _einsum(node: fx.Node) -> Product | None:
     )
 
 
-def _labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str]:
+def labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str]:
     """Labels of both operands and of the result, one letter a dimension."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     parts = inputs.split(",")

@@ -6,19 +6,23 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxpress.passes.contractions import Bank, bank_of
 from fxpress.passes.dataflow import RESHAPES, MaskFactors, argument, mask_factors, peel, sizes
 from fxpress.passes.patches import Patches, patches_of
 from fxpress.program import Program, attribute, module_path
 
-__all__ = ["AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
+__all__ = ["FACTORED_BANK", "AttentionSite", "LinearSite", "attention_sites", "linear_sites"]
 
 aten = torch.ops.aten
+
+FACTORED_BANK = "factor-bank"
+"""The rule of the nodes that a factored bank becomes."""
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 _PROJECTIONS: dict[Any, int] = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1}
@@ -68,11 +72,13 @@ class LinearSite:
 
     Attributes:
         name: module path, with `#n` from the second call in the same module on.
-        node: the `aten.linear` call, or that of a convolution over patches.
+        node: the `aten.linear` call, that of a convolution over patches, or of a bank of experts.
         weight: name of the weight.
-        shape: (m, n), output and input features.
-        tokens: vectors that one call maps, as captured.
-        patches: how a convolution cuts its input into vectors; None where they are its last axis.
+        shape: (m, n), output and input features, of one matrix where there are several.
+        tokens: vectors that one call maps by each matrix, as captured.
+        source: what the call maps.
+        cut: how a convolution or a bank of experts reads vectors off it; None where they are its
+            last axis.
     """
 
     name: str
@@ -80,34 +86,44 @@ class LinearSite:
     weight: str
     shape: tuple[int, int]
     tokens: int
-    patches: Patches | None = None
+    source: fx.Node
+    cut: Patches | Bank | None = None
 
     @property
     def kind(self) -> str:
-        """`"linear"` or `"patches"`."""
-        return "linear" if self.patches is None else "patches"
+        """`"linear"`, `"patches"` or `"experts"`."""
+        if self.cut is None:
+            return "linear"
+        return "patches" if isinstance(self.cut, Patches) else "experts"
 
     @property
-    def source(self) -> fx.Node:
-        """What the call maps."""
-        source = self.node.args[0]
-        assert isinstance(source, fx.Node)
-        return source
+    def experts(self) -> int | None:
+        """Matrices of a bank; None: it is no bank."""
+        return self.cut.experts if isinstance(self.cut, Bank) else None
 
     def matrix(self, program: Program) -> Tensor:
-        """The weight as (m, n)."""
+        """The weight as (m, n), that of a bank as (experts, m, n)."""
+        if isinstance(self.cut, Bank):
+            return self.cut.matrices()
         weight: Tensor = attribute(program.graph_module, self.weight)
         return weight.flatten(1)
 
     def vectors(self, x: Tensor) -> Tensor:
-        """The vectors (..., n) that a value of the source holds."""
-        return x if self.patches is None else self.patches.cut(x)
+        """The vectors (tokens, n) of a value of the source, (experts, tokens, n) of a bank."""
+        if self.cut is None:
+            return x.flatten(0, -2)
+        x = self.cut.cut(x)
+        if not isinstance(self.cut, Bank):
+            return x.flatten(0, -2)
+        if not self.cut.is_shared:
+            return x.flatten(1, -2)
+        return x.flatten(0, -2).expand(self.cut.experts, -1, -1)
 
     def replaced(self, by: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Nodes with the output of the call, from another map of the same vectors."""
-        if self.patches is None:
+        if self.cut is None:
             return by(self.source)
-        return self.patches.restore(by(self.patches.emit(self.source)), self.node)
+        return self.cut.restore(by(self.cut.emit(self.source)), self.node)
 
 
 def attention_sites(program: Program) -> list[AttentionSite]:
@@ -218,33 +234,55 @@ def _projected(node: fx.Node) -> fx.Node | None:
     return source if peel(weight, RESHAPES).op == "get_attr" else None
 
 
+def linear_sites(program: Program) -> list[LinearSite]:
+    """Every linear map by a weight of the model, in graph order.
+
+    That is every `aten.linear`, and every convolution over patches and bank of experts, which stay
+    what they are for as long as nothing factors them. A map that was factored is no site any more,
+    but counts for the names.
+    """
+    found: list[LinearSite] = []
+    names, operators, banks = _Names(program), _factored_calls(), set()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if (bank := _factored_bank(node)) or node.target in operators:
+            if bank not in banks:  # its nodes are many, and one call
+                names.next(node)
+            banks |= {bank} - {""}
+        elif (map_ := _map(node, program)) is not None:
+            site = replace(map_, name=names.next(node))
+            if site.weight:
+                found.append(site)
+    return found
+
+
 def _factored_calls() -> set[Any]:
     """What linear maps become, where those operators are defined."""
     packets = (getattr(torch.ops.fxpress, n, None) for n in ("vvma_linear", "low_rank_linear"))
     return {p.default for p in packets if p is not None}
 
 
-def linear_sites(program: Program) -> list[LinearSite]:
-    """Every linear map by a weight of the model, in graph order.
+def _factored_bank(node: fx.Node) -> str:
+    """The site of the bank that a node is a part of, now that it is factored; "" of others."""
+    made = node.meta.get("provenance")
+    return made.site if made is not None and made.rule == FACTORED_BANK else ""
 
-    That is every `aten.linear`, and every convolution over patches, which stays one for as long as
-    nothing factors it. A map that was factored is no site any more, but counts for the names.
-    """
-    found: list[LinearSite] = []
-    names, factored = _Names(program), _factored_calls()
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        patches = patches_of(node)
-        if node.target in factored:
-            names.next(node)
-        elif node.target is aten.linear.default or isinstance(patches, Patches):
-            name, weight = names.next(node), node.args[1]
-            assert isinstance(weight, fx.Node)
-            if weight.op == "get_attr":
-                m, *inner = sizes(weight)
-                shape = (m, math.prod(inner))
-                tokens = math.prod(sizes(node)) // m
-                cut = patches if isinstance(patches, Patches) else None
-                found.append(LinearSite(name, node, str(weight.target), shape, tokens, cut))
-    return found
+
+def _map(node: fx.Node, program: Program) -> LinearSite | None:
+    """The linear map that a call is, without its name; without a weight where that is computed."""
+    read = patches_of(node) or bank_of(node, program)
+    cut = read if isinstance(read, (Patches, Bank)) else None
+    if cut is None and node.target is not aten.linear.default:
+        return None
+    if isinstance(cut, Bank):
+        source, weight = cut.contraction.x, cut.contraction.weight.source
+        m, n = cut.shape
+    else:
+        source, weight = node.args[:2]  # type: ignore[assignment]
+        m, *inner = sizes(weight)
+        n = math.prod(inner)
+    target = str(weight.target) if weight.op == "get_attr" else ""
+    experts = cut.experts if isinstance(cut, Bank) else 1
+    tokens = math.prod(sizes(node)) // (m * experts)
+    return LinearSite("", node, target, (m, n), tokens, source, cut)

@@ -292,7 +292,6 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         (T, N),
     ),
     ("the weight stands on the left: it maps columns", lambda x, w: w @ x, ((M, N),), (N, T)),
-    ("the weight is a batch of matrices", torch.bmm, ((B, N, M),), (B, T, N)),
     (
         "addmm scales its terms by beta and alpha",
         lambda x, w, b: torch.addmm(b, x, w, beta=0.5),
@@ -306,9 +305,9 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...], tuple[
         (T, N),
     ),
     (
-        "the einsum tn,nhm->thm has no matrix of the model",
-        lambda x, w: torch.einsum("tn,nhm->thm", x, w),
-        ((N, 2, M),),
+        "the weight is computed by aten.exp",
+        lambda x, w: torch.einsum("tn,nm->tm", x, w.exp()),
+        ((N, M),),
         (T, N),
     ),
     (
