@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Task:
         baselines: the headline metric of what a model is to be compared with.
         sha256: of the data.
         decoded: further metrics of the test data, of what a model says when it is let to.
+        beside: texts to write beside the weights, by file name.
     """
 
     draw: Callable[[int, torch.Generator], Batch]
@@ -67,6 +68,7 @@ class Task:
     baselines: dict[str, float]
     sha256: str
     decoded: Callable[[nn.Module], dict[str, float]] = lambda _model: {}
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

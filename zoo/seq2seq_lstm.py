@@ -7,12 +7,17 @@ encoder reads in both directions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpress.zoo.decoding import State
+from fxpress.zoo.pretrained import no_pretrained
+from fxpress.zoo.registry import model
 from fxpress.zoo.tokenization import END, PAD, START
+from fxpress.zoo.translation import sentences
 
 __all__ = ["LSTMSeq2Seq"]
 
@@ -123,3 +128,18 @@ def _turned(real: Tensor) -> Tensor:
 def _layers_first(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """A state (B, L, d) as torch's layers take it."""
     return h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
+
+
+@model(
+    "lstm-seq2seq",
+    description="an LSTM encoder-decoder with attention for translation, untrained",
+    license="none",
+    source="Luong et al. 2015, arXiv 1508.04025",
+    calibration=sentences,
+    has_weights=False,
+)
+def lstm_seq2seq(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`LSTMSeq2Seq(**kwargs)`."""
+    if pretrained:
+        raise no_pretrained("lstm-seq2seq")
+    return LSTMSeq2Seq(**kwargs).eval()

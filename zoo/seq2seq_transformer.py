@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpress.zoo.decoding import State
+from fxpress.zoo.pretrained import no_pretrained
+from fxpress.zoo.registry import model
 from fxpress.zoo.tokenization import END, PAD, START
+from fxpress.zoo.translation import sentences
 
 __all__ = ["TransformerSeq2Seq", "sinusoids"]
 
@@ -214,3 +218,18 @@ class FeedForward(nn.Module):
         """States (B, N, d) to states."""
         y: Tensor = self.down(F.relu(self.up(x)))
         return y
+
+
+@model(
+    "transformer-seq2seq",
+    description="an encoder-decoder Transformer for translation, untrained",
+    license="none",
+    source="Vaswani et al. 2017, arXiv 1706.03762",
+    calibration=sentences,
+    has_weights=False,
+)
+def transformer_seq2seq(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`TransformerSeq2Seq(**kwargs)`."""
+    if pretrained:
+        raise no_pretrained("transformer-seq2seq")
+    return TransformerSeq2Seq(**kwargs).eval()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxpress.environment import cache_folder
 from fxpress.zoo import corpora
 
-__all__ = ["END", "PAD", "START", "decode", "encode", "load", "pad", "train"]
+__all__ = ["END", "PAD", "START", "decode", "encode", "file_name", "load", "pad", "train"]
 
 PAD, START, END = range(3)
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -57,7 +57,7 @@ def load(corpus: str, fields: tuple[str, ...], vocabulary: int) -> Any:
     Raises:
         CorpusError: it does not ship, and the corpus is not to be had.
     """
-    name = f"{corpus}-{'-'.join(fields)}-{vocabulary}{SUFFIX}".replace(":", "-").replace("/", "-")
+    name = file_name(corpus, fields, vocabulary)
     if (SHIPPED / name).is_file():
         return _read(SHIPPED / name)
     folder = cache_folder() / "tokenizers"
@@ -77,6 +77,12 @@ def _read(path: Path) -> Any:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True  # a text that holds a mark's name is text
     return tokenizer
+
+
+def file_name(corpus: str, fields: tuple[str, ...], vocabulary: int) -> str:
+    """The file of a tokenizer, of what `load` takes."""
+    name = f"{corpus}-{'-'.join(fields)}-{vocabulary}"
+    return name.replace(":", "-").replace("/", "-") + SUFFIX
 
 
 def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The models that recipes train: one in the registry for each recipe, with weights where they ship.
 
-What a run leaves is two files: NAME.safetensors, and a card NAME.json that says where the weights
-come from and what they score.
+What a run leaves is NAME.safetensors, a card NAME.json that says where the weights come from and
+what they score, and what its task needs beside them, such as a tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def train(
     weights = {name: _stored(x, plan) for name, x in module.state_dict().items()}
     module.load_state_dict(weights)
     _write(out / f"{plan.name}.safetensors", lambda path: save_file(weights, path))
+    for name, text in task.beside.items():
+        _write(out / name, partial(_write_text, text))
     card = {
         "recipe": dataclasses.asdict(plan),
         "parameters": sum(p.numel() for p in module.parameters()),
@@ -78,7 +81,7 @@ def train(
         "history": state.history,
     }
     text = json.dumps(card, indent=1) + "\n"
-    _write(out / f"{plan.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _write(out / f"{plan.name}.json", partial(_write_text, text))
     return card
 
 
@@ -135,15 +138,19 @@ def _scores(module: nn.Module, task: objectives.Task) -> dict[str, float]:
     return task.metrics(*training.evaluate(module, task, "test")) | task.decoded(module)
 
 
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(path: Path, write: Any) -> None:
     """All of a file, or nothing."""
-    partial = path.with_suffix(".partial")
-    write(partial)
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    write(unfinished)
+    unfinished.replace(path)
 
 
 # --- the registry ---------------------------------------------------------------------------
