@@ -62,8 +62,10 @@ def train(
     module, state = training.train(plan, task, checkpoint, device=device, progress=progress)
     if not training.is_first_process():
         return {}
-    weights = {name: _stored(x, plan) for name, x in module.state_dict().items()}
-    module.load_state_dict(weights)
+    frozen = _frozen(module)
+    trained = {name: x for name, x in module.state_dict().items() if name not in frozen}
+    weights = {name: _stored(x, plan) for name, x in trained.items()}
+    module.load_state_dict(frozen | weights)
     _write(out / f"{plan.name}.safetensors", lambda path: save_file(weights, path))
     for name, text in task.beside.items():
         _write(out / name, partial(_write_text, text))
@@ -124,8 +126,13 @@ def load_module(name: str, folder: Path = SHIPPED) -> nn.Module:
     if not path.is_file() or _sha256(path) != card["weights_sha256"]:
         raise PretrainedError(f"{path} is missing, or is not what its card was written for")
     module = registry.create_model(**card["recipe"]["model"])
-    module.load_state_dict(load_file(path))
+    module.load_state_dict(_frozen(module) | load_file(path))
     return module.eval()
+
+
+def _frozen(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are not trained, and not written: they come with the model."""
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
 def _stored(x: torch.Tensor, plan: Recipe) -> torch.Tensor:
@@ -168,7 +175,7 @@ def _entry(plan: Recipe) -> Entry:
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if not pretrained:
-            return registry.create_model(**plan.model | kwargs)
+            return registry.create_model(**plan.model | {"pretrained": False} | kwargs)
         if not has_weights:
             raise no_pretrained(plan.name)
         if kwargs:

@@ -237,8 +237,9 @@ def _schedule(recipe: Recipe, step: int) -> float:
 
 def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    trained = [p for p in module.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer = kinds[recipe.optimizer](
-        module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     return optimizer
 

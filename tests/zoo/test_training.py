@@ -6,15 +6,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fxpress.testing import BITWISE, assert_equivalent
-from fxpress.zoo import objectives, recipe, trained, training
+from fxpress.zoo import objectives, recipe, registry, trained, training
 from fxpress.zoo.pretrained import PretrainedError
 from fxpress.zoo.recipe import Recipe, RecipeError
 
@@ -142,6 +144,28 @@ def test_scores_are_of_the_weights_as_stored(tmp_path: Path) -> None:
     assert {x.dtype for x in weights.values()} == {torch.float16}
     module = trained.load_module("tiny", tmp_path)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert trained.evaluate("tiny", tmp_path)["scores"] == card["scores"]
+
+
+def test_frozen_weights_stay_and_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(pretrained: bool = False, **sizes: Any) -> nn.Module:
+        module = registry.create_model("gru-lm", **sizes)
+        module.get_submodule("tokens").weight.requires_grad_(requires_grad=False)
+        with torch.no_grad():  # as if it were fetched: the same in each model that is built
+            module.get_submodule("tokens").weight.fill_(0.5)
+        return module
+
+    entries = registry.entries() | {"frozen": replace(registry.entry("gru-lm"), build=build)}
+    monkeypatch.setattr(registry, "entries", lambda: entries)
+    plan = tiny(model={"name": "frozen", "vocabulary": 10, "width": 16}, weight_decay=0.1)
+    card = trained.train(plan, tmp_path)
+    weights = load_file(tmp_path / "tiny.safetensors")
+    assert "tokens.weight" not in weights
+    assert sum(x.numel() for x in weights.values()) == card["parameters"] - 160
+    module = trained.load_module("tiny", tmp_path)
+    assert (module.get_parameter("tokens.weight") == 0.5).all()
     assert trained.evaluate("tiny", tmp_path)["scores"] == card["scores"]
 
 
