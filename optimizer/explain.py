@@ -200,7 +200,7 @@ def _canonicalize(captured: CapturedModel, found: Explanation) -> None:
         record = pipeline.run(kind, captured)
         if kind.name == "fuse-attention":
             found.attention += [_refused(d, "attention") for d in record.declined]
-        elif kind.name == "normalize-linear":
+        elif kind.name in ("normalize-linear", "hoist-products"):
             found.matmuls += [_refused(d, "linear") for d in record.declined]
         elif kind.name == "roll-recurrence":
             found.recurrences += [_refused(d, "loop") for d in record.declined]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxpress.capture import capture
 from fxpress.passes import all_passes
@@ -107,7 +108,7 @@ class Gradients(nn.Module):
 
 def _gradients(function: Callable[..., Any], of: Sequence[Tensor], call: Any) -> list[Tensor]:
     with torch.enable_grad():
-        loss = function(*call).square().sum()
+        loss = sum(out.square().sum() for out in pytree.tree_leaves(function(*call)))
         return list(torch.autograd.grad(loss, of, materialize_grads=True))
 
 
