@@ -31,6 +31,7 @@ from fxpress.errors import FxpressError
 __all__ = ["Entry", "UnknownModelError", "create_model", "entry", "list_models", "model", "offered"]
 
 Kind = TypeVar("Kind")
+Score = Callable[[nn.Module], dict[str, float]]
 
 
 class UnknownModelError(FxpressError, ValueError):
@@ -64,6 +65,7 @@ class Entry:
     build: Build
     calibration: Calibration
     has_weights: bool = True  # False: there are only random ones
+    score: Score | None = None  # of a model trained elsewhere; a recipe's has its objective's
 
 
 def model(
@@ -74,11 +76,12 @@ def model(
     source: str,
     calibration: Calibration,
     has_weights: bool = True,
+    score: Score | None = None,
 ) -> Callable[[Build], Entry]:
     """Offer the decorated build function under `name`."""
 
     def offer(build: Build) -> Entry:
-        return Entry(name, description, license, source, build, calibration, has_weights)
+        return Entry(name, description, license, source, build, calibration, has_weights, score)
 
     return offer
 

@@ -2,19 +2,23 @@
 
 - `data/voice_prompts`: English telephone prompts (CC-BY-SA-3.0).
 - `data/austen`: paragraphs of Jane Austen's novels (public domain).
+- `data/sentences`: sentences and their translations (Apache-2.0).
+- `data/pronunciations`: words and their phonemes (CMU's dictionary, BSD).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxpress.errors import CalibrationError
 
-__all__ = ["DATA", "SAMPLE_RATE", "read_folder", "read_speech", "read_texts"]
+__all__ = ["DATA", "SAMPLE_RATE", "read_folder", "read_rows", "read_speech", "read_texts"]
 
 DATA = Path(__file__).parent / "data"
 SAMPLE_RATE = 16_000
@@ -43,10 +47,36 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _text(line: str) -> str:
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"{text!r:.40} is no string")
-    return text
+    return _string(json.loads(line), "text")
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a .jsonl file, an object with these strings a line; what else it has is left out.
+
+    Raises:
+        CalibrationError: the file is missing, of another kind, malformed, or holds no row.
+    """
+    wanted = " and ".join(f'"{field}"' for field in fields)
+    if path.suffix != ".jsonl":
+        raise CalibrationError(f"{path}: give a .jsonl file with {wanted} a line")
+    try:
+        lines = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+        rows = [{field: _string(line, field) for field in fields} for line in lines]
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path} is not one object with {wanted} a line, in UTF-8: {error}"
+        ) from error
+    if not rows:
+        raise CalibrationError(f"{path} holds no row")
+    return rows
+
+
+def _string(row: dict[str, Any], field: str) -> str:
+    if not isinstance(row[field], str):
+        raise TypeError(f"{row[field]!r:.40} is no string")
+    return str(row[field])
 
 
 def read_speech(path: Path) -> NDArray[np.float32]:

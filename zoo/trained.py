@@ -90,12 +90,19 @@ def train(
 def evaluate(name: str, folder: Path = SHIPPED, data: Path | None = None) -> dict[str, Any]:
     """Score trained weights on the test split of their recipe's data, or of another folder's.
 
+    A model trained elsewhere, which has no card, is scored as its entry in the registry says.
+
     Returns:
         The metrics, and the headline metric of what to compare them with.
 
     Raises:
         PretrainedError: there are no weights, or others than the card says.
     """
+    known = registry.entries().get(name)
+    if folder == SHIPPED and known is not None and known.score is not None:
+        if data is not None:
+            raise PretrainedError(f"{name} is scored on data of its own: it takes no {data}")
+        return {"scores": known.score(known.build(pretrained=True)), "baselines": {}}
     plan = Recipe(**load_card(name, folder)["recipe"])
     task = objectives.task_of(plan, data)
     return {"scores": _scores(load_module(name, folder), task), "baselines": task.baselines}

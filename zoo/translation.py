@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxpress.errors import CalibrationError
 from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.decoding import greedy
 from fxpress.zoo.objectives import IGNORED, Batch, Task, objective, sha256_of
-from fxpress.zoo.samples import DATA
+from fxpress.zoo.samples import DATA, read_rows
 from fxpress.zoo.tokenization import START
 
 __all__ = ["bleu_chrf", "sample", "sentences", "translate", "translation"]
@@ -53,16 +52,9 @@ class Pairs:
 def _calibration(settings: Mapping[str, Any], path: Path | None, limit: int) -> list[Any]:
     """Batches of 4 pairs of a .jsonl file; without one, of sentences that come with the zoo."""
     source, target = settings["languages"]
-    file = path or DATA / "sentences" / f"{source}-{target}.jsonl"
-    if not file.is_file() or file.suffix != ".jsonl":
-        raise CalibrationError(
-            f'{file}: give a .jsonl file with an object of "{source}" and "{target}" a line'
-        )
-    rows = list(corpora.load(file.parent, file.stem))[: limit * CALIBRATION_ROWS]
-    try:
-        pairs = _pairs(rows, settings)
-    except KeyError as error:
-        raise CalibrationError(f"{file} has no {error} in its rows") from error
+    own = DATA / "sentences" / f"{source}-{target}.jsonl"
+    rows = read_rows(path or own, settings["languages"])[: limit * CALIBRATION_ROWS]
+    pairs = _pairs(rows, settings)
     return [inputs for inputs, _ in pairs.batches(CALIBRATION_ROWS)]
 
 
