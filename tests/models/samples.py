@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from fxpress import zoo
+from fxpress.cli_inputs import as_call
 from fxpress.zoo import registry
 from fxpress.zoo.pretrained import DownloadError
 from fxpress.zoo.trained import SHIPPED
@@ -41,6 +42,6 @@ def sample(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {"input_ids": batch["input_ids"][:, :64], "use_cache": False}
     if name == "whisper-tiny":
         return (), batch | {"use_cache": False}
-    if isinstance(batch, dict):
-        return (), batch
-    return (batch[:, :16] if name.endswith("-lm") else batch,), {}
+    if name.endswith("-lm"):
+        return (batch[:, :16],), {}
+    return as_call(batch)

@@ -17,7 +17,7 @@ SIZES = {"wide": {"layers": 1, "hidden": 256, "vocabulary": 256}}
 def test_nothing_is_changed_and_the_report_says_so(name: str) -> None:
     model = build(name, **SIZES.get(name, {}))
     args, kwargs = sample(name)
-    batch = kwargs or args[0]
+    batch = kwargs or args
     # Fitting every weight of a trained model takes minutes: attention has to do there.
     config = {"factor-vvma": not registry.entry(name).has_weights}
     o = fxpress.optimize(model, [batch], max_divergence=0.0, config=config)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fxpress import zoo
+from fxpress.cli_inputs import as_call
 from fxpress.errors import FxpressError
 from fxpress.testing import assert_equivalent
 from fxpress.zoo.pretrained import PretrainedError
@@ -85,9 +86,14 @@ def test_builds_small_and_exports(name: str) -> None:
     model = zoo.create_model(name)
     assert not model.training
     assert name == "wide" or sum(p.numel() for p in model.parameters()) < 4_000_000
-    kwargs = INPUTS.get(name) or {"ids": entry(name).calibration(limit=1)[0][:2, :6]}
-    exported = torch.export.export(model, (), kwargs, strict=False).module()
-    assert_equivalent(lambda: tensors(exported(**kwargs)), lambda: tensors(model(**kwargs)), ())
+    args, kwargs = (), INPUTS.get(name)
+    if kwargs is None:
+        args, kwargs = as_call(entry(name).calibration(limit=1)[0])
+        args = tuple(x[:2, :6] for x in args)
+    exported = torch.export.export(model, args, kwargs, strict=False).module()
+    assert_equivalent(
+        lambda: tensors(exported(*args, **kwargs)), lambda: tensors(model(*args, **kwargs)), ()
+    )
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
