@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -76,12 +78,46 @@ def _upcast(value: Any) -> Any:
     return value
 
 
-def _in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+class _Widened(TorchFunctionMode):
+    """Every floating dtype that a computation names is float64: it is the truth in every step."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func in _CASTS:
+            return args[0].double()
+        wide_args, wide_kwargs = pytree.tree_map(_widened, (args, dict(kwargs or {})))
+        return func(*wide_args, **wide_kwargs)
+
+
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+def _widened(value: Any) -> Any:
+    is_floating = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if is_floating else value
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _truth(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a function gives in float64."""
     if isinstance(function, nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # copying a graph module warns of torch's own types
-            return copy.deepcopy(function).double()
-    return function
+            function = copy.deepcopy(function).double()
+    wide_args, wide_kwargs = pytree.tree_map(_upcast, (tuple(args), dict(kwargs)))
+    with _float64_by_default(), _Widened():
+        return function(*wide_args, **wide_kwargs)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -125,7 +161,7 @@ def assert_equivalent(
     Args:
         candidate: the rewritten callable or module.
         reference: the original; it also runs in float64 (a module is copied and upcast, a plain
-            function is called with upcast arguments).
+            function is called with upcast arguments; casts and tensors that it makes are float64).
         args: positional arguments, tensors or anything else.
         kwargs: keyword arguments.
         exactness: `BITWISE`, `REASSOCIATES` or `APPROXIMATES(budget)`.
@@ -137,11 +173,7 @@ def assert_equivalent(
     with torch.no_grad():
         got = _tensors(candidate(*args, **kwargs))
         want = _tensors(reference(*args, **kwargs))
-        if exactness is BITWISE:
-            truth = want
-        else:
-            wide_args, wide_kwargs = pytree.tree_map(_upcast, (tuple(args), kwargs))
-            truth = _tensors(_in_float64(reference)(*wide_args, **wide_kwargs))
+        truth = want if exactness is BITWISE else _tensors(_truth(reference, args, kwargs))
     assert len(got) == len(want), f"{len(got)} output tensors, not {len(want)}"
     for index, (g, w, t) in enumerate(zip(got, want, truth, strict=True)):
         _compare(index, g, w, t, exactness)
