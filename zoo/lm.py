@@ -19,6 +19,7 @@ from fxpress.zoo.samples import DATA, read_texts
 __all__ = ["BYTES", "RecurrentLM", "TransformerLM", "byte_windows"]
 
 BYTES = 256
+TIED_STD = 0.02  # of embeddings that are the head's matrix too, as GPT-2's
 CONTEXT, STEPS, ROWS = 256, 64, 4  # bytes of a window (Transformer, recurrent), windows of a batch
 
 AttentionForm = Literal["sdpa", "math"]
@@ -34,6 +35,8 @@ class TransformerLM(nn.Module):
         heads: attention heads.
         context: most positions; they are learned.
         attention: "sdpa" calls torch's fused attention, "math" spells it out.
+        tied: the head's matrix is the tokens' embedding (Press and Wolf 2017).
+        dropout: probability, in training, of what each layer adds and of the embeddings.
 
     Raises:
         ValueError: `width` is no multiple of `heads`, or `attention` is unknown.
@@ -47,36 +50,51 @@ class TransformerLM(nn.Module):
         heads: int = 4,
         context: int = CONTEXT,
         attention: AttentionForm = "sdpa",
+        *,
+        tied: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, attention, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
+        self.dropout = dropped(dropout)
+        if tied:
+            for embedding in (self.tokens, self.positions):
+                nn.init.normal_(embedding.weight, std=TIED_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, N, V) of the token after each of `ids` (B, N), N at most `context`."""
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        x = self.dropout(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        x = self.norm(x)
+        return F.linear(x, self.tokens.weight if self.head is None else self.head.weight)
+
+
+def dropped(probability: float) -> nn.Module:
+    """Dropout, or nothing: a model that has none shows none."""
+    return nn.Dropout(probability) if probability else nn.Identity()
 
 
 class Block(nn.Module):
     """Causal self-attention and a feed-forward, each on normalized input, each added to x."""
 
-    def __init__(self, width: int, heads: int, attention: AttentionForm) -> None:
+    def __init__(
+        self, width: int, heads: int, attention: AttentionForm, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropped(dropout)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = CausalAttention(width, heads, attention)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """States (B, N, d) to states."""
-        x = x + self.attention(self.attention_norm(x))
-        fed: Tensor = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        fed: Tensor = self.dropout(self.down(F.gelu(self.up(self.feed_forward_norm(x)))))
         return x + fed
 
 
