@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxpress.passes.contractions import Bank, bank_of
 from fxpress.passes.dataflow import RESHAPES, MaskFactors, argument, mask_factors, peel, sizes
+from fxpress.passes.indicators import value_key
 from fxpress.passes.patches import Patches, patches_of
 from fxpress.program import Program, attribute, module_path
 
@@ -204,10 +205,10 @@ def _kind(q: fx.Node, k: fx.Node, is_causal: bool) -> str:
     return "causal" if is_causal else "self"
 
 
-def _sources(node: fx.Node) -> set[fx.Node]:
+def _sources(node: fx.Node) -> set[Any]:
     """The sequences that a tensor was projected from; without a projection, the inputs."""
-    projected: set[fx.Node] = set()
-    inputs: set[fx.Node] = set()
+    projected: set[Any] = set()
+    inputs: set[Any] = set()
     stack, seen = [node], set()
     while stack:
         top = stack.pop()
@@ -215,7 +216,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
             continue
         seen.add(top)
         if (source := _projected(top)) is not None:
-            projected.add(peel(source, RESHAPES))
+            projected.add(value_key(peel(source, RESHAPES)))  # computed twice it is the same
         elif top.op == "placeholder":
             inputs.add(top)
         else:

@@ -16,6 +16,7 @@ from fxpress.ops.mask_layout import compile_mask
 from fxpress.ops.sparse_attention import sparse_attention
 from fxpress.passes import all_passes
 from fxpress.passes.dataflow import Constants, constant_value, is_noop, mask_factors
+from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.prune_attention import PruneAttention
 from fxpress.passes.sites import AttentionSite, attention_sites, linear_sites
 from fxpress.program import Program
@@ -56,6 +57,19 @@ class Masked(nn.Module):
         return self.attention(x, mask=self.mask(x))  # type: ignore[no-any-return]
 
 
+class Twice(nn.Module):
+    """Self-attention whose sequence is made anew for each projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, 8) to (N, 8), of the first row."""
+        q, k = self.q(x[0].relu()), self.k(x[0].relu())
+        return (q @ k.mT).softmax(-1) @ x[0]  # type: ignore[no-any-return]
+
+
 X = torch.randn(3, 5, 8)
 
 
@@ -74,6 +88,12 @@ def padding(x: Tensor) -> Tensor:
 
 def additive(keep: Tensor) -> Tensor:
     return torch.where(keep, 0.0, -torch.inf)
+
+
+def test_a_sequence_that_is_computed_twice_is_one() -> None:
+    program = capture(Twice().eval(), (X,))
+    FuseAttention().run(program, PassContext())
+    assert only(program).kind == "self"
 
 
 # What amounts to causality, and whether something remains beside it.
