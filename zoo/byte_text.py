@@ -17,7 +17,7 @@ from fxpress.zoo.objectives import IGNORED, Batch, Task, objective, sha256_of
 from fxpress.zoo.recipe import RecipeError
 from fxpress.zoo.samples import DATA, read_texts
 
-__all__ = ["text", "text_baselines"]
+__all__ = ["count_baselines", "text", "text_baselines"]
 
 VALID_SHARE = 10  # one part in so many of a training text chooses the best weights
 
@@ -86,27 +86,33 @@ def _windows(data: Tensor, length: int, rows: int = 64) -> list[Batch]:
 
 
 def text_baselines(train: Tensor, test: Tensor) -> dict[str, float]:
-    """Bits per byte of gzip on the test text, and of byte counts of the training text.
+    """Bits per byte of gzip on the test text, and of byte counts of the training text."""
+    return {
+        "gzip -9": 8 * len(gzip.compress(bytes(test.tolist()), 9)) / len(test),
+        **count_baselines(train, test, BYTES),
+    }
 
-    Counts are smoothed by one for each byte; the bigram falls back to the unigram (Jelinek and
+
+def count_baselines(train: Tensor, test: Tensor, symbols: int) -> dict[str, float]:
+    """Bits per symbol of a test text (n,), by counts of a training text (m,).
+
+    Counts are smoothed by one for each symbol; the bigram falls back to the unigram (Jelinek and
     Mercer 1980, with the weight of Witten and Bell 1991).
     """
     counts = Counter(train.tolist())
     pairs = Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True))
     followers = Counter(first for first, _ in pairs)
 
-    def unigram(byte: int) -> float:
-        return (counts[byte] + 1) / (len(train) + BYTES)
+    def unigram(symbol: int) -> float:
+        return (counts[symbol] + 1) / (len(train) + symbols)
 
-    def bigram(first: int, byte: int) -> float:
+    def bigram(first: int, symbol: int) -> float:
         kinds, seen = followers[first], counts[first]
-        return (
-            (pairs[first, byte] + kinds * unigram(byte)) / (seen + kinds) if seen else unigram(byte)
-        )
+        alone = unigram(symbol)
+        return (pairs[first, symbol] + kinds * alone) / (seen + kinds) if seen else alone
 
     following = list(zip(test[:-1].tolist(), test[1:].tolist(), strict=True))
     return {
-        "gzip -9": 8 * len(gzip.compress(bytes(test.tolist()), 9)) / len(test),
         "unigram": -sum(math.log2(unigram(b)) for _, b in following) / len(following),
         "bigram": -sum(math.log2(bigram(a, b)) for a, b in following) / len(following),
     }

@@ -40,6 +40,7 @@ __all__ = [
 
 SPLITS = ("train", "valid", "test")
 HUB = "hub:"  # in front of a name of the hub
+JOINED = "+"  # between names
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Row = dict[str, Any]
@@ -87,17 +88,20 @@ def load(source: str | Path, split: str, *, streaming: bool = False) -> Any:
     """The rows of a split, as a `datasets.Dataset`.
 
     Args:
-        source: the name of a corpus, a folder with a file for each split (train.jsonl and so on;
-            .txt has one row "text" a line), or "hub:OWNER/NAME".
+        source: the name of a corpus, or of several with "+" between them, one after the other; a
+            folder with a file for each split (train.jsonl and so on; .txt has one row "text" a
+            line); or "hub:OWNER/NAME".
         split: "train", "valid" or "test"; of the hub whatever it has.
         streaming: read rows as they are asked for, and keep nothing (an IterableDataset).
 
     Raises:
         CorpusError: there is no such corpus, folder or split, or it cannot be built or read.
     """
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import concatenate_datasets, disable_progress_bars, load_dataset
 
     disable_progress_bars()
+    if isinstance(source, str) and len(names := source.split(JOINED)) > 1:
+        return concatenate_datasets([load(name, split, streaming=streaming) for name in names])
     kept = str(cache_folder() / "datasets")
     if isinstance(source, str) and source.startswith(HUB):
         arguments: tuple[Any, ...] = (source.removeprefix(HUB),)

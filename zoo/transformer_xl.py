@@ -147,7 +147,8 @@ class RelativeAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., N, d) to (..., H, N, D)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        return heads
 
 
 def _sinusoids(context: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ def test_rows_can_be_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(stream) == ROWS["test"]
 
 
+def test_corpora_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = offer(monkeypatch, ROWS)
+    assert list(load("made+made", "test")) == [*ROWS["test"], *ROWS["test"]]
+    assert list(load("made+made", "test", streaming=True)) == [*ROWS["test"], *ROWS["test"]]
+    assert len(calls) == 1
+
+
 def test_what_fails_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half() -> Iterator[Row]:
         yield ROWS["valid"][0]
