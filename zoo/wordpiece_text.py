@@ -21,7 +21,7 @@ from fxpress.zoo.samples import DATA, read_texts
 __all__ = ["wordpiece_text"]
 
 FIELDS = ("text",)
-VALID_TOKENS = 65_536  # the beginning of the valid split: it is scored again and again
+VALID_TOKENS = 32_768  # the beginning of the valid split: it is scored again and again
 BATCH_TOKENS = 8192  # of a held-out batch
 CALIBRATION_ROWS = 4
 
