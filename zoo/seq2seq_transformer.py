@@ -136,7 +136,7 @@ class EncoderBlock(nn.Module):
         self.feed_forward = FeedForward(width, inner)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """States (B, N, d) to states; `real` (B, 1, 1, N) says which may be looked at."""
         y = self.attention_norm(x)
         x = x + self.dropout(self.attention(y, self.attention.keys_values(y), real))
