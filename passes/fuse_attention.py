@@ -134,6 +134,7 @@ class _Attention:
         program.refresh(anchor)
         q, k, v = same_batch(graph, q, k, v)
         program.refresh(anchor)
+        layout = replace(layout, built=q)
         q, k = scores.stretched(anchor, program, layout, q, k)
         v = changed(graph, v, self.changes.values, layout, dtype, of_rows=False)
         if self.changes.settled:

@@ -7,6 +7,7 @@ windows, groups of heads that share their keys. One attention call has two: batc
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +72,16 @@ class Layout:
         split: how many of them are batch, where there are more than two.
         batch: B, as captured.
         heads: H, as captured.
+        sizes: for each of them, a node and its dimension that have the size.
+        built: the queries (B, H, Nq, D), once they are there; dynamic sizes are read off them.
     """
 
     lead: tuple[Any, ...]
     split: int
     batch: int
     heads: int
+    sizes: tuple[tuple[fx.Node, int], ...] = ()
+    built: fx.Node | None = None
 
     def split_of(self, lead: Sequence[Any]) -> int | None:
         """How many of other batch sizes are batch; None where they are not B * H."""
@@ -99,8 +104,13 @@ class Layout:
         if split is None or len(lead) == 2:
             return split is not None
         parts = (range(split), range(split, len(lead)))
-        widened = [d for part in parts for d in part if _is_widened(mask, part, d)]
-        return all(isinstance(lead[d], int) for d in widened)
+        return all(_widens(mask, part) for part in parts)
+
+
+def _widens(mask: Placed, part: Sequence[int]) -> bool:
+    """Whether what has to be expanded has a size that is known or follows from the others."""
+    dynamic = [d for d in part if not isinstance(mask.lead[d], int)]
+    return len(dynamic) < 2 or not any(_is_widened(mask, part, d) for d in dynamic)
 
 
 def _is_widened(mask: Placed, part: Sequence[int], dim: int) -> bool:
@@ -134,25 +144,30 @@ def layout_of(
     if not _batches_fit(leads):
         return Decline("batch sizes of queries, keys and values differ", at)
     lead = tuple(next((s for s in c if str(s) != "1"), 1) for c in zip(*leads, strict=True))
+    sizes = tuple(_sized(size, dim, (q, k, v)) for dim, size in enumerate(lead))
     known = [captured(size) for size in lead]
     if len(lead) == 1:
-        count = heads if heads is not None and known[0] % heads == 0 else 1
-        return Layout(lead, 1, known[0] // count, count)
+        divides = heads is not None and known[0] % heads == 0 and len({*map(str, leads)}) == 1
+        count = heads if heads is not None and divides else 1
+        return Layout(lead, 1, known[0] // count, count, sizes)
     split = _batch_dimensions(leads)
     if any(sum(not isinstance(s, int) for s in p) > 1 for p in (lead[:split], lead[split:])):
         return Decline("more than one dynamic size among the batch dimensions of attention", at)
-    return Layout(lead, split, math.prod(known[:split]), math.prod(known[split:]))
+    return Layout(lead, split, math.prod(known[:split]), math.prod(known[split:]), sizes)
+
+
+def _sized(size: Any, dim: int, operands: Sequence[Strided]) -> tuple[fx.Node, int]:
+    """A node and its dimension that have a size of the batch."""
+    for operand in operands:
+        shape = operand.shape[:-2]
+        if dim < len(shape) and str(shape[dim]) == str(size):
+            return operand.node, operand.order[dim] if operand.order is not None else dim
+    return operands[0].node, 0  # an operand of merged batch and heads: none is expanded to it
 
 
 def _batches_fit(leads: Sequence[tuple[Any, ...]]) -> bool:
-    """Equal, but for sizes of one that broadcast against a fixed size."""
-    for column in zip(*leads, strict=True):
-        distinct = {str(size) for size in column}
-        if len(distinct) > 1 and (
-            not all(isinstance(s, int) for s in column) or len(distinct - {"1"}) > 1
-        ):
-            return False
-    return True
+    """Equal, but for sizes of one, which broadcast."""
+    return all(len({str(s) for s in column} - {"1"}) <= 1 for column in zip(*leads, strict=True))
 
 
 def _batch_dimensions(leads: Sequence[tuple[Any, ...]]) -> int:
@@ -171,7 +186,17 @@ def four(graph: fx.Graph, operand: Strided, layout: Layout, dtype: torch.dtype) 
         node = graph.call_function(aten.unsqueeze.default, (node, 0))
     if len(lead) < 2:
         return graph.call_function(aten.unflatten.int, (node, 0, [-1, layout.heads]))
-    return _merged(graph, node, lead, layout.lead, layout.split) if len(lead) > 2 else node
+    if len(lead) == 2:
+        return node
+    want = [
+        size if isinstance(size, int) or str(have) == str(size) else _size_of(graph, *where)
+        for have, size, where in zip(lead, layout.lead, layout.sizes, strict=True)
+    ]
+    return _merged(graph, node, lead, want, layout.split)
+
+
+def _size_of(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
+    return graph.call_function(aten.sym_size.int, (node, dim))
 
 
 def _merged(
@@ -192,9 +217,7 @@ def placed(graph: fx.Graph, mask: Placed, layout: Layout) -> fx.Node:
     node, shape = mask.node, mask.shape
     ndim = node.meta["val"].ndim
     if mask.split is not None:
-        node = graph.call_function(aten.expand.default, (node, list(mask.split)))
-        node = graph.call_function(aten.reshape.default, (node, list(shape)))
-        ndim = len(shape)
+        node, ndim = _whole(graph, mask), len(shape)
     wanted = len(mask.lead) + 2 if mask.order is not None or ndim > 2 else 2
     for _ in range((wanted if mask.order is None else mask.rank) - ndim):
         node = graph.call_function(aten.unsqueeze.default, (node, 0))
@@ -209,31 +232,55 @@ def placed(graph: fx.Graph, mask: Placed, layout: Layout) -> fx.Node:
     if split is None:  # all of them are one
         have, split = (1,) * len(mask.lead), len(mask.lead) - 1
     parts = (range(split), range(split, len(have)))
-    want = [
-        mask.lead[dim] if _is_widened(mask, part, dim) else have[dim]
-        for part in parts
-        for dim in part
-    ]
+    want = []
+    for place, part in enumerate(parts):  # of (B, H)
+        for dim in part:
+            size = mask.lead[dim] if _is_widened(mask, part, dim) else have[dim]
+            if not isinstance(size, int) and size is not have[dim]:
+                rest = math.prod(mask.lead[d] for d in part if d != dim)
+                size = _quotient(graph, layout, place, rest)
+            want.append(size)
     return _merged(graph, node, have, want, split)
+
+
+def _whole(graph: fx.Graph, mask: Placed) -> fx.Node:
+    """A tensor that is met where queries and keys are split, with both whole."""
+    node, split = mask.node, mask.split or ()
+    for _ in range(len(split) - node.meta["val"].ndim):
+        node = graph.call_function(aten.unsqueeze.default, (node, 0))
+    for call, sizes in ((aten.expand.default, split), (aten.reshape.default, mask.shape)):
+        fixed = [size if isinstance(size, int) else -1 for size in sizes]
+        node = graph.call_function(call, (node, fixed))
+    return node
+
+
+def _quotient(graph: fx.Graph, layout: Layout, place: int, by: int) -> fx.Node:
+    """B or H, divided."""
+    assert layout.built is not None
+    whole = _size_of(graph, layout.built, place)
+    return whole if by == 1 else graph.call_function(operator.floordiv, (whole, by))
 
 
 def same_batch(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
     """Operands (B, H, N, D) expanded to the same batch and heads."""
     shapes = [node.meta["val"].shape for node in nodes]
-    wanted = [
-        max((s[d] for s in shapes), key=lambda s: s if isinstance(s, int) else 0) for d in (0, 1)
-    ]
     result = []
     for given, shape in zip(nodes, shapes, strict=True):
+        size = [_broadcast(graph, nodes, dim) if str(shape[dim]) == "1" else -1 for dim in (0, 1)]
         node = given
-        size = [
-            want if isinstance(want, int) and isinstance(have, int) and want != have else -1
-            for want, have in zip(wanted, shape[:2], strict=True)
-        ]
         if size != [-1, -1]:
             node = graph.call_function(aten.expand.default, (node, [*size, -1, -1]))
         result.append(node)
     return result
+
+
+def _broadcast(graph: fx.Graph, nodes: Sequence[fx.Node], dim: int) -> Any:
+    """The size that one is expanded to along a dimension; -1: to none."""
+    for node in nodes:
+        size = node.meta["val"].shape[dim]
+        if str(size) != "1":
+            return size if isinstance(size, int) else _size_of(graph, node, dim)
+    return -1
 
 
 def _reordered(graph: fx.Graph, node: fx.Node, values: Product) -> fx.Node:

@@ -68,14 +68,20 @@ class Way:
         return self.order is None and self.whole is None
 
     def viewed(self, node: fx.Node) -> Way | None:
-        """The way behind a view that splits or merges queries and keys; None where it ends."""
+        """The way behind a view that splits or merges queries and keys; None where it ends.
+
+        One size may be dynamic, the first: what broadcasts along it is left to do so.
+        """
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = (tuple(n.meta["val"].shape) for n in (source, node))
-        if self.order is not None or not all(isinstance(s, int) for s in (*before, *after)):
+        dynamic = [s for s in (*before, *after) if not isinstance(s, int)]
+        is_first = [str(s) for s in dynamic] == [str(s[0]) for s in (before, after)]
+        if self.order is not None or (dynamic and (not is_first or len({*map(str, dynamic)}) > 1)):
             return None
         whole = self.whole or after
-        return replace(self, whole=None if before == whole else whole)
+        same = [str(s) for s in before] == [str(s) for s in whole]
+        return replace(self, whole=None if same else whole)
 
     def scaled(self, factor: float) -> Way:
         """The way behind a number that multiplies."""
@@ -132,6 +138,7 @@ class _Walk:
             frozenset(FILLS): self._fill,
             frozenset({aten.index_put.default}): self._put,
             frozenset(_FLOORS): self._floor,
+            frozenset({aten.slice_scatter.default}): self._written,
         }
 
     def back(self, node: fx.Node, way: Way) -> Scores | Decline:
@@ -256,6 +263,12 @@ class _Walk:
         if way.stretches or way.factor <= 0:
             return Decline("masked scores are scaled by a tensor", node)
         return chain, way.kept(Keep(way.placed(last, node), True, number))
+
+    def _written(self, node: fx.Node, way: Way) -> tuple[fx.Node, Way] | Decline:
+        """What was written over all of the scores in place."""
+        chain = node.args[1]
+        assert isinstance(chain, fx.Node)
+        return (chain, way) if is_whole(chain, node) else _refusal(node)
 
     def _floor(self, node: fx.Node, way: Way) -> tuple[fx.Node, Way] | Decline:
         """A lower bound that no score falls below, unless it was dropped."""

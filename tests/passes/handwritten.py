@@ -298,16 +298,17 @@ def bloom_baddbmm(m: Model, x: Tensor) -> Any:
 
 @attention()
 def bigcode_merged(m: Model, x: Tensor) -> Any:
-    # q (B, N*H, D) against one key head
-    q = m.q(x).view(B, N * H, D)
+    b = x.shape[0]
+    # q (b, N*H, D) against one key head
+    q = m.q(x).view(b, N * H, D)
     k, v = m.one(x), m.one(x + 1)
     s = torch.baddbmm(
-        torch.empty(B, N * H, N, dtype=x.dtype), q, k.transpose(1, 2), beta=0, alpha=D**-0.5
-    ).view(B, N, H, N)
+        torch.empty(b, N * H, N, dtype=x.dtype), q, k.transpose(1, 2), beta=0, alpha=D**-0.5
+    ).view(b, N, H, N)
     mask = (~upper(N))[None, :, None, :]
     s = torch.where(mask, s, torch.full([], LOW))
     p = s.softmax(-1)
-    return torch.bmm(p.view(B, N * H, N), v).view(B, N, E)
+    return torch.bmm(p.view(b, N * H, N), v).view(b, N, E)
 
 
 @attention()
@@ -595,13 +596,14 @@ def relative_keys_bert(m: Model, x: Tensor) -> Any:
 
 @attention()
 def vitdet_rel(m: Model, x: Tensor) -> Any:
-    q, k, v = (t.reshape(B * H, N, D) for t in m.heads(x))
+    b = x.shape[0]
+    q, k, v = (t.reshape(b * H, N, D) for t in m.heads(x))
     a = (q * D**-0.5) @ k.mT
-    rq = q.reshape(B * H, 2, 3, D)
+    rq = q.reshape(b * H, 2, 3, D)
     rh = torch.einsum("bhwc,hkc->bhwk", rq, m.rel[:4].view(2, 2, D))
     rw = torch.einsum("bhwc,wkc->bhwk", rq, m.rel[:9].view(3, 3, D))
     a = (a.view(-1, 2, 3, 2, 3) + rh[:, :, :, :, None] + rw[:, :, :, None, :]).view(-1, N, N)
-    return (a.softmax(-1) @ v).view(B, H, N, D)
+    return (a.softmax(-1) @ v).view(b, H, N, D)
 
 
 @attention()

@@ -676,14 +676,35 @@ def test_near_misses_say_why(forward: Forward) -> None:
     assert str(program) == before
 
 
-def test_dynamic_batches_that_broadcast_are_declined() -> None:
+@pytest.mark.parametrize("which", ["queries", "keys", "values", "merged"])
+def test_what_the_batch_shares_is_expanded_to_a_dynamic_one(which: str) -> None:
     def forward(m: Heads, x: Tensor) -> Tensor:
         q, k, v = m.heads(x)
-        return (q[:1] @ k.mT).softmax(-1) @ v
+        if which == "merged":  # windows: what they share, and what all share
+            q, k, v = (t[:, None] * torch.arange(3.0).view(3, 1, 1, 1) for t in (q, k, v))
+            window = x[0, :3, :3].sum(1)[:, None, None, None] * torch.arange(5.0)
+            return (q[:1] @ k.mT + window).softmax(-1) @ v[:, :1]
+        q, k, v = (
+            t[:1] if which == n else t for t, n in ((q, "queries"), (k, "keys"), (v, "values"))
+        )
+        return (q @ k.mT).softmax(-1) @ v
 
     model = Heads(forward).eval()
-    calls: list[Call] = [((torch.randn(b, 5, 8),), {}) for b in (3, 4)]
-    (decline,) = fused(capture_calls(model, calls)).declined
+    calls: list[Call] = [((torch.randn(b, 5, 8),), {}) for b in (4, 6)]
+    program = capture_calls(model, calls)
+    record = fused(program)
+    assert record.counts() == {"fuse-softmax": 1}, record.declined
+    for batch in (2, 4, 10):
+        assert_equivalent(program, model, (torch.randn(batch, 5, 8),))
+
+
+def test_values_shared_by_the_batch_while_heads_are_merged_into_it_are_declined() -> None:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        q, k = (t.reshape(-1, 5, 4) for t in (q, k))
+        return torch.bmm(q, k.mT).softmax(-1).view(3, 2, 5, 5) @ v[:1]
+
+    (decline,) = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),))).declined
     assert decline.reason == UNEQUAL
 
 

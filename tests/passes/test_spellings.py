@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from fxpress.capture import capture
+from fxpress.capture import capture, capture_calls
 from fxpress.passes.fuse_attention import FuseAttention
 from fxpress.passes.normalize_linear import NormalizeLinear
 from fxpress.passes.sites import attention_sites, linear_sites
@@ -57,6 +57,35 @@ def test_what_is_written_by_hand(name: str, assert_same_gradients: Callable[...,
     assert not FuseAttention().run(program, PassContext()).rewrites
     assert_equivalent(program, model, call)
     assert_same_gradients(program.graph_module, model, call, None)
+
+
+# What is shared by the batch or met where windows, queries or keys are split: sizes are read off.
+DYNAMIC = (
+    "swin_shifted",
+    "bigcode_merged",
+    "memory_matmul",
+    "vitdet_rel",
+    "in_place",
+    "attention_pool_weight",
+)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_what_is_written_by_hand_for_any_batch(
+    name: str, assert_same_gradients: Callable[..., None]
+) -> None:
+    body, count, reasons = HANDWRITTEN[name]
+    model = Model(body).eval()
+    program = capture_calls(model, [((torch.randn(b, N, E),), {}) for b in (B, B + 2)])
+    before = program.copy()
+    record = FuseAttention().run(program, PassContext())
+    verify(program, "fuse-attention", before)
+    assert len(attention_sites(program)) == count
+    assert [decline.reason for decline in record.declined] == reasons
+    for batch in (2, 5):
+        call = (torch.randn(batch, N, E),)
+        assert_equivalent(program, model, call)
+        assert_same_gradients(program.graph_module, model, call, None)
 
 
 @given(drawn=linears())
