@@ -232,10 +232,10 @@ def _convert(raw: Path, out: Path) -> None:
 
 
 def _calibration(path: Path | None = None, limit: int = 32) -> list[tuple[Tensor, Tensor]]:
-    """Batches of 4 pairs of a .jsonl file with "en" and "pt"; sentences of the zoo's own."""
+    """Batches of 4 pairs of a .jsonl file with "en" and "pt", the longest first."""
     rows = read_rows(path or DATA / "sentences" / "en-pt.jsonl", ("en", "pt"))[: limit * ROWS]
     source, target = (encode([row[language] for row in rows]) for language in ("en", "pt"))
-    order = sorted(range(len(rows)), key=lambda row: (len(target[row]), len(source[row])))
+    order = sorted(range(len(rows)), key=lambda row: (-len(target[row]), -len(source[row])))
     batches = [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
     return [
         (

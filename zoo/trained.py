@@ -78,6 +78,7 @@ def train(
         "scores": _scores(module, task),
         "baselines": task.baselines,
         "seconds": round(state.seconds, 1),
+        "cpu_seconds": round(state.cpu_seconds, 1),
         "machine": f"{device}, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "torch": torch.__version__,
         "history": state.history,

@@ -41,6 +41,7 @@ class State:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all the pieces of a run
+    cpu_seconds: float = 0.0  # of them, those that all threads together had a core for
     best: float = math.inf  # least validation loss, nats
     history: list[dict[str, float]] = field(default_factory=list)  # step, train and valid loss
 
@@ -116,7 +117,7 @@ class Run:
 
     def advance(self, forward: nn.Module, share: slice) -> None:
         """Train up to the next evaluation, evaluate, and keep the weights if they are the best."""
-        start, state = time.perf_counter(), self.state
+        start, cpu_start, state = time.perf_counter(), time.process_time(), self.state
         stop = min(state.step + self.recipe.evaluate_every, self.recipe.steps)
         losses = [self._step(forward, step, share) for step in range(state.step, stop)]
         valid, _ = evaluate(self.module, self.task, "valid")
@@ -125,6 +126,7 @@ class Run:
         trained = torch.stack(losses).mean().item()
         state.history.append({"step": stop, "train": trained, "valid": valid})
         state.step, state.seconds = stop, state.seconds + time.perf_counter() - start
+        state.cpu_seconds += time.process_time() - cpu_start
 
     def _step(self, forward: nn.Module, step: int, share: slice) -> Tensor:
         """One step on this process's share of the batch; its loss."""

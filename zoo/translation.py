@@ -50,12 +50,15 @@ class Pairs:
 
 
 def _calibration(settings: Mapping[str, Any], path: Path | None, limit: int) -> list[Any]:
-    """Batches of 4 pairs of a .jsonl file; without one, of sentences that come with the zoo."""
+    """Batches of 4 pairs of a .jsonl file; without one, of sentences that come with the zoo.
+
+    The longest come first: a mask of attention that is learned on them covers the others too.
+    """
     source, target = settings["languages"]
     own = DATA / "sentences" / f"{source}-{target}.jsonl"
     rows = read_rows(path or own, settings["languages"])[: limit * CALIBRATION_ROWS]
     pairs = _pairs(rows, settings)
-    return [inputs for inputs, _ in pairs.batches(CALIBRATION_ROWS)]
+    return [inputs for inputs, _ in reversed(pairs.batches(CALIBRATION_ROWS))]
 
 
 def sentences(path: Path | None = None, limit: int = 32) -> list[Any]:
