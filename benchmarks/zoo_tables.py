@@ -64,9 +64,9 @@ sacrebleu's (13a tokens, mixed case), from 0 to 100, higher is better, of greedy
 sample of the test split (`random.Random(0).sample`). *Copying the source* scores by the names and
 commands that are the same in both languages. With one to two passes over 60,000 short pairs, as the
 reduced form has, sentences come out in the style of the manuals, right where they are formulaic,
-and with words missing or repeated where they are not; systems trained on millions of pairs of such
-texts score three to five times as much (the zoo's pretrained `bergamot-en-pt` has 55 on the
-Portuguese form of this data, which may be among what it was trained on).
+and with words missing or repeated where they are not. Systems trained on millions of pairs do far
+better: `fxpress zoo eval bergamot-en-pt` scores one on the Portuguese form of this data (which may
+be among what it was trained on).
 """,
     "recall": """
 ## Associative recall
