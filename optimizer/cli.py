@@ -53,6 +53,13 @@ AnyArtifact = Annotated[Path | None, typer.Argument(help="what `optimize --out` 
 TextFolder = Annotated[
     Path | None, typer.Option(help="folder with train.txt and test.txt, for the recipe's texts")
 ]
+Judge = Annotated[str, typer.Option(help="measured, modelled or off")]
+Budget = Annotated[float | None, typer.Option(help="budget: mean divergence of outputs")]
+Batches = Annotated[int, typer.Option(min=1, help="batches to read at most")]
+Seed = Annotated[int, typer.Option(help="of everything random")]
+Out = Annotated[Path | None, typer.Option(help="write the artifact here")]
+Report = Annotated[Path | None, typer.Option(help="write the report here, as HTML")]
+PlanFolder = Annotated[Path | None, typer.Option(help="folder to write the plan into")]
 Html = Annotated[Path | None, typer.Option(help="write a page here")]
 
 
@@ -97,21 +104,19 @@ def optimize(
     plan: SavedPlan = None,
     config: Config = None,
     objective: Annotated[str, typer.Option(help="latency or memory")] = "latency",
-    judge: Annotated[str, typer.Option(help="measured, modelled or off")] = "measured",
-    max_divergence: Annotated[
-        float | None, typer.Option(help="budget: mean divergence of outputs")
-    ] = None,
+    judge: Judge = "measured",
+    max_divergence: Budget = None,
     validation_fn: Annotated[
         str | None, typer.Option(help="module:function that scores a model, higher is better")
     ] = None,
     max_drop: Annotated[float, typer.Option(help="budget of --validation-fn, absolute")] = 0.01,
-    batches: Annotated[int, typer.Option(min=1, help="batches to read at most")] = _BATCHES,
+    batches: Batches = _BATCHES,
     device: Device = None,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    out: Annotated[Path | None, typer.Option(help="write the artifact here")] = None,
-    report: Annotated[Path | None, typer.Option(help="write the report here, as HTML")] = None,
-    save_plan: Annotated[Path | None, typer.Option(help="folder to write the plan into")] = None,
+    seed: Seed = 0,
+    out: Out = None,
+    report: Report = None,
+    save_plan: PlanFolder = None,
     as_json: Json = False,
 ) -> None:
     """Optimize a model on calibration data and print the report."""
@@ -268,11 +273,14 @@ def zoo_list(
 def zoo_show(
     name: Annotated[str, typer.Argument(help="one of `fxpress zoo list`")], as_json: Json = False
 ) -> None:
-    """Show where a model comes from."""
+    """Show where a model comes from, and what it scores if the zoo has trained it."""
     from fxpress.zoo import registry
 
     facts = _entry(registry.entry(name))
-    show(facts, "\n".join(f"{key:<12} {value}" for key, value in facts.items()), as_json)
+    text = "\n".join(f"{key:<12} {value}" for key, value in facts.items())
+    if card := _card(name):
+        text += f"\n\n{cli_zoo.render_scores(card)}"
+    show(facts | card, text, as_json)
 
 
 @zoo_app.command("train")
@@ -311,6 +319,43 @@ def zoo_eval(
     _use_threads(threads)
     found = trained.evaluate(name, weights or trained.SHIPPED, data)
     show(found, cli_zoo.render_scores(found), as_json)
+
+
+@zoo_app.command("optimize")
+def zoo_optimize(
+    name: Annotated[str, typer.Argument(help="one of `fxpress zoo list`")],
+    calib: Calib = None,
+    config: Config = None,
+    judge: Judge = "measured",
+    max_divergence: Budget = None,
+    batches: Batches = _BATCHES,
+    device: Device = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    out: Out = None,
+    report: Report = None,
+    save_plan: PlanFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Optimize a model of the zoo, on its own sample if no --calib is given.
+
+    As `fxpress optimize --model zoo:NAME`, which has more options.
+    """
+    optimize(
+        f"zoo:{name}",
+        calib=calib,
+        config=config,
+        judge=judge,
+        max_divergence=max_divergence,
+        batches=batches,
+        device=device,
+        threads=threads,
+        seed=seed,
+        out=out,
+        report=report,
+        save_plan=save_plan,
+        as_json=as_json,
+    )
 
 
 # --- what verbs share -----------------------------------------------------------------------
@@ -395,3 +440,10 @@ def _entry(entry: Any) -> dict[str, Any]:
         "source": entry.source,
         "pretrained": entry.has_weights,
     }
+
+
+def _card(name: str) -> dict[str, Any]:
+    """The card of a model of the zoo whose trained weights ship; empty for another."""
+    from fxpress.zoo import trained
+
+    return trained.load_card(name) if (trained.SHIPPED / f"{name}.json").is_file() else {}

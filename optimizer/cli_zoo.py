@@ -1,4 +1,4 @@
-"""`fxpress zoo train` and `eval`: progress to standard error, scores as a table."""
+"""`fxpress zoo train`, `eval` and `show`: progress to standard error, scores as a table."""
 
 from __future__ import annotations
 
