@@ -73,7 +73,8 @@ class LSTMSeq2Seq(nn.Module):
         real = source != PAD
         x = self._embedded(source)
         for layer in self.encoder:
-            x, last = layer(self.dropout(x), real)
+            x, last = layer(x, real)
+            x = self.dropout(x)
         h, c = self.bridge(last).tanh().unflatten(-1, (2, self.layers, -1)).unbind(1)
         return x, real, h, c
 
