@@ -14,9 +14,15 @@ from tests.passes.attention_count import AttentionCount
 
 ATTEND = {
     "austen-transformer",
+    "bergamot-en-pt",
+    "en-de-lstm",
+    "en-de-transformer",
+    "lstm-seq2seq",
     "minilm",
     "smollm2",
     "transformer-lm",
+    "transformer-seq2seq",
+    "transformer-xl",
     "whisper-tiny",
     "whisper-tiny-encoder",
 }

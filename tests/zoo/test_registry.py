@@ -23,6 +23,7 @@ NAMES = zoo.list_models()
 UNTRAINED = [name for name in NAMES if name.endswith("-lm")]
 IDS = torch.arange(24).reshape(2, 12)
 INPUTS: dict[str, dict[str, Any]] = {
+    "bergamot-en-pt": {"source": IDS, "target": IDS},
     "minilm": {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
     "smollm2": {"input_ids": IDS, "use_cache": False},
     "whisper-tiny": {
