@@ -89,19 +89,28 @@ class Contraction:
 
     Attributes:
         node: the call.
-        x: what the call is given.
+        side: which of its two operands the weight is not.
         weight: of the model, as the call reads it.
         axes, rows, out: a letter for each dimension of x, of the weight and of the result.
-        addend: what is added, or None.
     """
 
     node: fx.Node
-    x: fx.Node
+    side: int
     weight: Weight
     axes: str
     rows: str
     out: str
-    addend: fx.Node | None = None
+
+    @property
+    def x(self) -> fx.Node:
+        """What the call multiplies, as it is read by now."""
+        return _operands(self.node)[self.side]
+
+    @property
+    def addend(self) -> fx.Node | None:
+        """What the call adds, or None."""
+        adds = self.node.target is aten.baddbmm.default
+        return self.node.args[0] if adds else None  # type: ignore[return-value]
 
     @property
     def experts(self) -> str:
@@ -236,24 +245,31 @@ def bank_of(node: fx.Node, program: Program) -> Bank | Decline | None:
 
 def contraction_of(node: fx.Node, program: Program) -> Contraction | Decline | None:
     """A call as the product of an input with a weight; None: it is none."""
-    given: Any = node.args
-    if node.target is aten.einsum.default and len(given[1]) == 2:
-        return _oriented(node, given[1], labels(str(given[0]), *given[1]), program)
+    if node.target is aten.einsum.default and len(_operands(node)) == 2:
+        return _oriented(node, labels(str(node.args[0]), *_operands(node)), program)
     if node.target is aten.tensordot.default:
-        return _oriented(node, given[:2], _of_tensordot(node), program)
+        return _oriented(node, _of_tensordot(node), program)
     return _batched(node, program) if node.target in _BATCHED else None
 
 
-def _oriented(
-    node: fx.Node, operands: Sequence[Any], letters: tuple[str, str, str], program: Program
-) -> Contraction | None:
+def _operands(node: fx.Node) -> Sequence[fx.Node]:
+    """What a call multiplies."""
+    given: Any = node.args
+    if node.target is aten.einsum.default:
+        operands: Sequence[fx.Node] = given[1]
+        return operands
+    first = 1 if node.target is aten.baddbmm.default else 0
+    return given[first : first + 2]  # type: ignore[no-any-return]
+
+
+def _oriented(node: fx.Node, letters: tuple[str, str, str], program: Program) -> Contraction | None:
     """The operand of the model as the weight; None unless just one is of the model."""
-    (left, right), (first, second, out) = operands, letters
-    by_left, by_right = (weight_behind(operand, program) for operand in operands)
-    if by_left is None and by_right is not None:
-        return Contraction(node, left, by_right, first, second, out)
-    if by_left is not None and by_right is None:
-        return Contraction(node, right, by_left, second, first, out)
+    first, second, out = letters
+    left, right = (weight_behind(operand, program) for operand in _operands(node))
+    if left is None and right is not None:
+        return Contraction(node, 0, right, first, second, out)
+    if left is not None and right is None:
+        return Contraction(node, 1, left, second, first, out)
     return None
 
 
@@ -270,28 +286,24 @@ def _of_tensordot(node: fx.Node) -> tuple[str, str, str]:
 
 def _batched(node: fx.Node, program: Program) -> Contraction | Decline | None:
     """matmul(x, W), bmm(x, W), baddbmm(b, x, W), and the same from the left."""
-    given: Any = node.args
-    adds = node.target is aten.baddbmm.default
-    operands = given[1:3] if adds else given[:2]
-    ranks = [operand.meta["val"].ndim for operand in operands]
+    ranks = [operand.meta["val"].ndim for operand in _operands(node)]
     if min(ranks) < 2 or max(ranks) < 3:
         return None
     batch = string.ascii_lowercase[: max(ranks) - 2]
     axes, rows = (
         batch[max(ranks) - rank :] + last for rank, last in zip(ranks, ("xy", "yz"), strict=True)
     )
-    found = _oriented(node, operands, (axes, rows, batch + "xz"), program)
+    found = _oriented(node, (axes, rows, batch + "xz"), program)
     found = None if found is None else _without_ones(found)
     if found is None or not found.experts:
         return None
     sizes = dict(zip(found.axes, found.x.meta["val"].shape, strict=True))
     if any(sizes[letter] == 1 for letter in found.experts):
         return Decline("one input is broadcast to a batch of matrices", node)
-    if not adds:
-        return found
-    if any(argument(node, at, name, 1) != 1 for at, name in ((3, "beta"), (4, "alpha"))):
+    scales = ((3, "beta"), (4, "alpha")) if found.addend is not None else ()
+    if any(argument(node, at, name, 1) != 1 for at, name in scales):
         return Decline("baddbmm scales its terms by beta and alpha", node)
-    return replace(found, addend=given[0])
+    return found
 
 
 def _without_ones(found: Contraction) -> Contraction:

@@ -77,7 +77,6 @@ class LinearSite:
         weight: name of the weight.
         shape: (m, n), output and input features, of one matrix where there are several.
         tokens: vectors that one call maps by each matrix, as captured.
-        source: what the call maps.
         cut: how a convolution or a bank of experts reads vectors off it; None where they are its
             last axis.
     """
@@ -87,8 +86,16 @@ class LinearSite:
     weight: str
     shape: tuple[int, int]
     tokens: int
-    source: fx.Node
     cut: Patches | Bank | None = None
+
+    @property
+    def source(self) -> fx.Node:
+        """What the call maps, as it is read by now: another site may have been replaced."""
+        if isinstance(self.cut, Bank):
+            return self.cut.contraction.x
+        source = self.node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
 
     @property
     def kind(self) -> str:
@@ -277,13 +284,13 @@ def _map(node: fx.Node, program: Program) -> LinearSite | None:
     if cut is None and node.target is not aten.linear.default:
         return None
     if isinstance(cut, Bank):
-        source, weight = cut.contraction.x, cut.contraction.weight.source
+        weight = cut.contraction.weight.source
         m, n = cut.shape
     else:
-        source, weight = node.args[:2]  # type: ignore[assignment]
+        weight = node.args[1]  # type: ignore[assignment]
         m, *inner = sizes(weight)
         n = math.prod(inner)
     target = str(weight.target) if weight.op == "get_attr" else ""
     experts = cut.experts if isinstance(cut, Bank) else 1
     tokens = math.prod(sizes(node)) // (m * experts)
-    return LinearSite("", node, target, (m, n), tokens, source, cut)
+    return LinearSite("", node, target, (m, n), tokens, cut)

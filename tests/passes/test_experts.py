@@ -220,6 +220,11 @@ BANKS: dict[str, Case] = {
         ((EXPERTS, N, M),),
         (2, EXPERTS, TOKENS, N),
     ),
+    "one behind the other": (
+        lambda x, up, down: torch.bmm(torch.bmm(x, up), down),
+        ((EXPERTS, N, M), (EXPERTS, M, N)),
+        (EXPERTS, TOKENS, N),
+    ),
     "experts in a batch": (routed, ((EXPERTS, N, M), (EXPERTS, M, N)), (TOKENS, N)),
 }
 

@@ -118,6 +118,16 @@ def test_an_activation_that_alone_reads_a_map_is_folded() -> None:
     assert "aten.gelu" not in text
 
 
+def test_maps_that_read_what_was_folded_into_another() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 64), nn.ReLU()).eval()
+    o = run(model, rank=8)
+    assert [r.site for r in o.passes["factor-vvma"].rewrites] == ["0", "2"]
+    for name, decision in o.plan.decisions["factor-vvma"].items():
+        model.get_submodule(name).weight = nn.Parameter(decision["up"] @ decision["down"])
+    assert_equivalent(o, model, (batches()[0],))
+
+
 def test_maps_of_one_input_share_their_cores() -> None:
     o = run(layer(), block=32, terms=2, share="layer")
     q, k = (o.plan.decisions["factor-vvma"][site]["core"] for site in "qk")
