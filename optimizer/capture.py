@@ -34,7 +34,7 @@ __all__ = ["Call", "capture", "capture_calls", "frozen", "kept_buffers"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
 
-_LEAST_LENGTH = 3  # a loop of fewer steps does not show that it is one
+_LEAST_LENGTH = 2  # of a loop of one step nothing shows that it is one
 
 aten = torch.ops.aten
 

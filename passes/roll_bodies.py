@@ -9,7 +9,8 @@ the body it must be, for all steps alike,
                             lies in front of the loop
     shared                  one node in front of the loop: a weight, a constant
     made                    a constant of its own, made alike
-    a slice                 of one tensor, at a + b t
+    a slice                 of one tensor, or a window of some, at a + b t
+    counted                 the whole number a + b t, where a tensor may stand instead
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from fxpress.passes.roll_periods import SLICERS, Call, makes_constant
-from fxpress.program import source_line
+from fxpress.passes.roll_periods import SLICERS, Call, countable, makes_constant
+from fxpress.program import attribute, source_line
 from fxpress.rewrite import Decline
 from fxpress.verify import mutates
 
 __all__ = [
     "Body",
     "Carried",
+    "Counted",
     "Local",
     "Made",
     "Shared",
@@ -41,6 +43,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
+_WHOLE = (torch.int64, torch.int32)
 _SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
@@ -82,7 +85,8 @@ class Sliced:
         dim: along which dimension.
         start: where the first step reads.
         stride: how far the next step reads from there; below 0: backwards.
-        keeps: whether the slice keeps the dimension, of size one.
+        keeps: whether the slice keeps the dimension.
+        width: size that it keeps.
     """
 
     source: fx.Node
@@ -90,6 +94,29 @@ class Sliced:
     start: int
     stride: int
     keeps: bool
+    width: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether two steps read all that there is, one the neighbor of the other."""
+        size = self.source.meta["val"].shape[self.dim]
+        return abs(self.stride) == self.width and str(size) == str(2 * self.width)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A number that counts the steps.
+
+    Attributes:
+        start: at the first step.
+        stride: how much more it is at the next.
+        dtype, device: of the tensor that holds it.
+    """
+
+    start: int
+    stride: int
+    dtype: torch.dtype = torch.int64
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -105,10 +132,10 @@ class Made:
     node: fx.Node = field(compare=False)
 
 
-Slice = tuple[fx.Node, int, int, bool]
-"""Tensor, dimension, index, and whether the dimension is kept."""
+Slice = tuple[fx.Node, int, int, bool, int]
+"""Tensor, dimension, index, whether the dimension is kept, and its size."""
 
-Role = Local | Carried | Shared | Sliced | Made
+Role = Local | Carried | Shared | Sliced | Made | Counted
 
 
 class _MismatchError(Exception):
@@ -198,6 +225,8 @@ class _Column:
                 roles.append(self._operand(values))
             elif all(same_value(value, values[0]) for value in values):
                 roles.append(values[0])
+            elif at in self._countable:
+                roles.append(Counted(*self._even(values)))
             else:
                 counters[at] = self._counter(at, values)
                 roles.append(None)
@@ -222,7 +251,7 @@ class _Column:
         if at is None:
             return self._outside(nodes)
         steps, place = len(nodes) - 1 - at[0], at[1]
-        if 2 * steps >= len(nodes):
+        if steps > max(1, (len(nodes) - 1) // 2):
             raise self._mismatch(len(nodes) - 1, f"reads %{nodes[-1]} of {steps} steps before")
         for step, node in enumerate(nodes):
             expected = None if step < steps else (step - steps, place)
@@ -239,35 +268,51 @@ class _Column:
         keys = {f"{node.target} {node.args} {node.kwargs}" for node in nodes}
         if len(keys) == 1 and makes_constant(nodes[0]):
             return Made(keys.pop(), nodes[0])
+        if (counted := _counted(nodes)) is not None:
+            return counted
         slices = [slice_of(node) for node in nodes]
         if None not in slices:
-            sources = {(source, dim, keeps) for source, dim, _, keeps in slices}  # type: ignore[misc]
-            line = _line([index for _, _, index, _ in slices])  # type: ignore[misc]
+            sources = {(source, dim, *kept) for source, dim, _, *kept in slices}  # type: ignore[misc]
+            line = _line([index for _, _, index, *_ in slices])  # type: ignore[misc]
             if len(sources) == 1 and isinstance(line, tuple):
-                (source, dim, keeps) = sources.pop()
-                return Sliced(source, dim, *line, keeps)
+                (source, dim, keeps, width) = sources.pop()
+                return Sliced(source, dim, *line, keeps, width)
         step = next(step for step, node in enumerate(nodes) if node is not nodes[0])
         raise self._mismatch(step, f"reads %{nodes[step]}, where the step before reads %{nodes[0]}")
 
     def _counter(self, at: int, values: Sequence[Any]) -> tuple[int, int]:
         """Start and stride of a plain value that differs from step to step."""
-        call = self.calls[0]
-        line = _line(values) if all(type(value) is int for value in values) else 1
-        if isinstance(line, int):
-            raise self._mismatch(line, f"has {values[line]!r}, which does not follow the steps")
+        call, line = self.calls[0], self._even(values)
         if at not in SLICERS.get(call.node.target, ()):
             raise self._mismatch(1, f"computes with {values[1]!r}, which counts the steps")
         return line
+
+    def _even(self, values: Sequence[Any]) -> tuple[int, int]:
+        """Start and stride of numbers that count the steps."""
+        line = _line(values) if all(type(value) is int for value in values) else 1
+        if isinstance(line, int):
+            raise self._mismatch(line, f"has {values[line]!r}, which does not follow the steps")
+        return line
+
+    @property
+    def _countable(self) -> Sequence[int]:
+        """Where a tensor that counts may stand for a number: beside one of some dimensions.
+
+        Beside a number alone it would decide the dtype of the result.
+        """
+        node = self.calls[0].node
+        beside = [n.meta["val"] for n in node.all_input_nodes]
+        return countable(node) if all(isinstance(v, Tensor) and v.ndim for v in beside) else ()
 
     def _slice(self, source: fx.Node, counters: dict[int, tuple[int, int]]) -> Sliced:
         """What a call reads that counts the steps."""
         first, *rest = (slice_of(call.node, source) for call in self.calls)
         if first is None or None in rest or set(counters) - set(SLICERS[self.calls[0].node.target]):
-            raise self._mismatch(1, "reads more than one step of its tensor at a time")
-        line = _line([index for _, _, index, _ in (first, *rest)])  # type: ignore[misc]
+            raise self._mismatch(1, "reads its tensor by windows that differ")
+        line = _line([index for _, _, index, *_ in (first, *rest)])  # type: ignore[misc]
         if isinstance(line, int):
             raise self._mismatch(line, "reads another step than follows")
-        return Sliced(first[0], first[1], *line, first[3])
+        return Sliced(first[0], first[1], *line, *first[3:])
 
     def _mismatch(self, step: int, what: str) -> _MismatchError:
         node = self.calls[step].node
@@ -275,6 +320,19 @@ class _Column:
         where = f" ({line})" if line else ""
         reason = f"bodies differ at step {step}: %{node.name} {what}{where}"
         return _MismatchError(Decline(reason, node))
+
+
+def _counted(nodes: Sequence[fx.Node]) -> Counted | None:
+    """The role of constants of one whole number each, that count the steps."""
+    if any(node.op != "get_attr" for node in nodes):
+        return None
+    root = nodes[0].graph.owning_module
+    assert root is not None
+    held = [attribute(root, str(node.target)) for node in nodes]
+    if any(isinstance(v, nn.Parameter) or v.dtype not in _WHOLE or v.ndim for v in held):
+        return None
+    line = _line([int(value) for value in held])
+    return None if isinstance(line, int) else Counted(*line, held[0].dtype, str(held[0].device))
 
 
 def _is_shared(body: Body, place: int, nodes: Sequence[fx.Node], steps: int) -> bool:
@@ -311,8 +369,9 @@ def slice_of(node: fx.Node, shared: fx.Node | None = None) -> Slice | None:
         return _indexed(source, node.args[1], node.args[2], False)
     if node.target is aten.slice.Tensor and len(node.args) >= 4:
         (_, dim, start, stop), step = node.args[:4], [*node.args[4:], 1][0]
-        one = isinstance(start, int) and isinstance(stop, int) and _size(node, dim) == 1
-        return _indexed(source, dim, start, True) if one and step == 1 else None
+        width = node.meta["val"].shape[dim]
+        is_fixed = all(isinstance(size, int) for size in (start, stop, width)) and step == 1
+        return _indexed(source, dim, start, True, width) if is_fixed else None
     if node.target is operator.getitem and source.target in _SPLITS:
         return _part(source, node.args[1])
     return None
@@ -331,7 +390,7 @@ def _part(split: fx.Node, index: Any) -> Slice | None:
     return _indexed(source, dim, index, True)
 
 
-def _indexed(source: fx.Node, dim: Any, index: Any, keeps: bool) -> Slice | None:
+def _indexed(source: fx.Node, dim: Any, index: Any, keeps: bool, width: int = 1) -> Slice | None:
     value = source.meta["val"]
     if not isinstance(value, Tensor) or not isinstance(dim, int) or not isinstance(index, int):
         return None
@@ -340,11 +399,7 @@ def _indexed(source: fx.Node, dim: Any, index: Any, keeps: bool) -> Slice | None
         if not isinstance(value.shape[dim], int):
             return None
         index += value.shape[dim]
-    return source, dim, index, keeps
-
-
-def _size(node: fx.Node, dim: Any) -> Any:
-    return node.meta["val"].shape[dim]
+    return source, dim, index, keeps, width
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from fxpress.passes.roll_bodies import Body, Carried, Local, Shared, Sliced
+from fxpress.passes.roll_bodies import Body, Carried, Counted, Local, Shared, Sliced
 from fxpress.passes.roll_periods import Call, nested
 
 __all__ = ["complete"]
@@ -56,7 +56,9 @@ class _Step:
             return False
         roles = self.body.operands.get(place)
         return roles is None or all(
-            isinstance(role, Sliced) or self._value(role) is leaf or self._value(role) == leaf
+            isinstance(role, Sliced | Counted)
+            or self._value(role) is leaf
+            or self._value(role) == leaf
             for role, leaf in zip(roles, call.leaves, strict=True)
         )
 
@@ -89,7 +91,7 @@ class _Step:
         roles = self.body.operands.get(place)
         if roles is None:
             roles = pattern.leaves if isinstance(self.body.given[place], Shared) else []
-        if not roles or any(isinstance(role, Sliced) for role in roles):
+        if not roles or any(isinstance(role, Sliced | Counted) for role in roles):
             return None
         args, kwargs = nested((self._value(role) for role in roles), pattern.structure)
         with before.graph.inserting_after(before):

@@ -42,8 +42,8 @@ def _series(calls: Sequence[Call], positions: dict[fx.Node, int]) -> Iterator[li
     """Positions at which the slices of a tensor are read, one slice after the other."""
     slices: dict[tuple[fx.Node, int, bool], list[fx.Node]] = {}
     for call in calls:
-        if (read := slice_of(call.node)) is not None:
-            source, dim, _, keeps = read
+        if (read := slice_of(call.node)) is not None and read[-1] == 1:
+            source, dim, _, keeps, _ = read
             slices.setdefault((source, dim, keeps), []).append(call.node)
     for nodes in slices.values():
         if len(nodes) >= LEAST_STEPS:

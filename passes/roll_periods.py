@@ -21,6 +21,7 @@ __all__ = [
     "Call",
     "Run",
     "calls_of",
+    "countable",
     "makes_constant",
     "nested",
     "periodic_runs",
@@ -28,8 +29,8 @@ __all__ = [
 
 aten = torch.ops.aten
 
-LEAST_STEPS = 3
-"""Two equal stretches may be chance; three are a loop."""
+LEAST_STEPS = 2
+"""Two equal stretches may be chance: they are a loop only where they read a whole tensor."""
 
 SLICERS: dict[Any, tuple[int, ...]] = {
     aten.select.int: (2,),
@@ -142,11 +143,25 @@ def nested(leaves: Iterator[Any], structure: Any) -> Any:
 
 def _key(node: fx.Node, leaves: Sequence[Any], structure: Hashable) -> Hashable:
     """What must be the same of a call at every step: all but counters and what is handed on."""
-    counters = SLICERS.get(node.target, ())
+    counters = {*SLICERS.get(node.target, ()), *countable(node)}
     described = tuple(
         None if at in counters else _described(leaf) for at, leaf in enumerate(leaves)
     )
     return node.target, structure, described, _kind(node.meta["val"])
+
+
+def countable(node: fx.Node) -> list[int]:
+    """Places of whole numbers, in a row of arguments, where a tensor could stand instead."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    found = []
+    for at, (given, argument) in enumerate(zip(node.args, target._schema.arguments, strict=False)):
+        if isinstance(given, (list, tuple)):
+            break  # from here on places are other ones
+        if type(given) is int and str(argument.type) == "Tensor":
+            found.append(at)
+    return found
 
 
 def _described(leaf: Any) -> Hashable:
@@ -165,11 +180,13 @@ def _kind(value: Any) -> Hashable:
 
 
 def periodic_runs(numbers: Sequence[int]) -> list[Run]:
-    """Every longest stretch with a period that holds at least three of its periods.
+    """Every longest stretch with a period that holds at least three of its periods; most of two.
 
     Windows are doubled: two windows of width w that begin p <= w apart and are equal have the
     period p. One level of doubling numbers all windows in one walk, so that n positions take
-    O(n log n), however many steps there are.
+    O(n log n), however many steps there are. Of a stretch of two periods no window of a whole one
+    is left to compare: a window of at least half of one tells of it, where nothing nearer looks
+    like that window.
 
     Returns:
         The runs, those of most steps first, then those that cover most.
@@ -180,9 +197,9 @@ def periodic_runs(numbers: Sequence[int]) -> list[Run]:
         covered: dict[int, int] = {}  # period -> where its last run ended
         latest: dict[int, int] = {}  # rank -> where it was last
         for at, rank in enumerate(ranks):
-            period = at - latest.get(rank, -len(numbers) - 1)
+            period = at - latest.get(rank, at)  # 0 of what is new
             latest[rank] = at
-            if width // 2 < period <= width and at >= covered.get(period, 0):
+            if width // 2 < period < 2 * width and at >= covered.get(period, 0):
                 run = _extended(numbers, at - period, period)
                 covered[period] = run.stop
                 if run.steps >= LEAST_STEPS:

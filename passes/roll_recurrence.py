@@ -29,7 +29,16 @@ from fxpress.artifact_targets import target_name
 from fxpress.errors import ArtifactError
 from fxpress.ops.recurrence import Cell, Collected
 from fxpress.ops.recurrent_layers import LAYERS, PACKED
-from fxpress.passes.roll_bodies import Body, Carried, Local, Made, Shared, Sliced, body_of
+from fxpress.passes.roll_bodies import (
+    Body,
+    Carried,
+    Counted,
+    Local,
+    Made,
+    Shared,
+    Sliced,
+    body_of,
+)
 from fxpress.passes.roll_completion import complete
 from fxpress.passes.roll_lengths import join_lengths
 from fxpress.passes.roll_misses import near_misses
@@ -252,6 +261,8 @@ class _Loop:
         """Whether this is a loop over time, not equal layers after each other."""
         if not (self.slices or self.joined) or self._holds_attention:
             return False
+        if self.body.steps == 2 and not any(role.is_whole for role in self.slices):
+            return False  # two alike may be chance, or a part of a loop whose steps differ
         values = [self.body.columns[r.place][0].node.meta["val"] for r in self.body.roles(Carried)]
         if any(not isinstance(value, Tensor) for value in values):
             return False
@@ -316,7 +327,7 @@ class _Rolled:
     def __init__(self, loop: _Loop, program: Program) -> None:
         self.loop, self.body, self.program = loop, loop.body, program
         self.cell = fx.Graph()
-        self.slices = loop.slices
+        self.slices: list[Sliced | Counted] = [*loop.slices, *self.body.roles(Counted)]
         carried: list[Carried] = self.body.roles(Carried)
         # A value of d steps before goes through d states: what one step reads as that of d steps
         # before, the next reads as that of d + 1.
@@ -345,7 +356,7 @@ class _Rolled:
     def build(self) -> Cell:
         """The graph of one step."""
         for role in self.slices:
-            if role.keeps:
+            if isinstance(role, Sliced) and role.keeps and role.width == 1:
                 args = (self.values[role], role.dim)
                 self.values[role] = self.cell.call_function(aten.unsqueeze.default, args)
         computed: dict[int, fx.Node] = {}
@@ -369,7 +380,7 @@ class _Rolled:
         last = [computed[place] for place in self.ending]
         self.cell.output((tuple(following), tuple(stacked), tuple(last)))
         how = [join.how for join in self.loop.joined] + [Collected("stack", 0)] * len(self.apart)
-        reverse = tuple(role.stride < 0 for role in self.slices)
+        reverse = tuple(isinstance(r, Sliced) and r.stride < 0 for r in self.slices)
         return Cell(self.cell, reverse, len(self.states), len(self.sizes), tuple(how))
 
     def _value(self, role: Any, computed: dict[int, fx.Node]) -> Any:
@@ -384,7 +395,7 @@ class _Rolled:
                 args = (role.node.target, role.node.args, role.node.kwargs, _plain(role.node))
                 self.values[role] = self.cell.create_node("call_function", *args)
             return self.values[role]
-        return self.values[role] if isinstance(role, Sliced) else role
+        return self.values[role] if isinstance(role, Sliced | Counted) else role
 
     @property
     def apart(self) -> list[int]:
@@ -428,11 +439,18 @@ class _Rolled:
                 graph.erase_node(old)
         return self._described(node, known)
 
-    def _over_time(self, role: Sliced) -> fx.Node:
+    def _over_time(self, role: Sliced | Counted) -> fx.Node:
         """What is read step by step, with time first, and no more of it than is read."""
-        graph, node, shape = self.program.graph, role.source, role.source.meta["val"].shape
+        graph = self.program.graph
+        if isinstance(role, Counted):
+            ends = (role.start, role.start + role.stride * self.body.steps, role.stride)
+            kind: dict[str, Any] = {"dtype": role.dtype, "device": torch.device(role.device)}
+            return graph.call_function(aten.arange.start_step, ends, kind)
+        node, shape = role.source, role.source.meta["val"].shape
         last = role.start + role.stride * (self.body.steps - 1)
         low, high, step = min(role.start, last), max(role.start, last), abs(role.stride)
+        if role.width > 1:
+            return self._windows(role, low, high + role.width)
         if (low, high + 1, step) != (0, shape[role.dim], 1):
             args = (node, role.dim, low, high + 1, *((step,) if step > 1 else ()))
             node = graph.call_function(aten.slice.Tensor, args)
@@ -440,6 +458,16 @@ class _Rolled:
             order = [role.dim, *(d for d in range(len(shape)) if d != role.dim)]
             node = graph.call_function(aten.permute.default, (node, order))
         return node
+
+    def _windows(self, role: Sliced, low: int, high: int) -> fx.Node:
+        """Windows of a tensor, which may overlap, with time first."""
+        graph, node, rank = self.program.graph, role.source, role.source.meta["val"].ndim
+        if (low, high) != (0, role.source.meta["val"].shape[role.dim]):
+            node = graph.call_function(aten.slice.Tensor, (node, role.dim, low, high))
+        args = (node, role.dim, role.width, abs(role.stride))
+        node = graph.call_function(aten.unfold.default, args)
+        order = [role.dim, *(rank if dim == role.dim else dim for dim in range(rank))]
+        return graph.call_function(aten.permute.default, (node, order))
 
     def _rejoin(self, join: _Joined, value: fx.Node) -> None:
         """Join the values of the steps, which are one tensor now, with what stands around them."""

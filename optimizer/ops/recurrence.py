@@ -253,7 +253,8 @@ def _run(
 ) -> list[Tensor]:
     """The loop, or its metadata on tensors without contents."""
     tensors = [*inputs, *state, *weights]
-    device = tensors[0].device.type if tensors else "cpu"
+    # A tensor that counts the steps may lie on the CPU beside others.
+    device = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
     graph, step = _compiled(cell, device)
     if any(isinstance(t, FakeTensor) for t in tensors):
         return _metadata(graph, step, inputs, state, (*weights, *sizes), steps)

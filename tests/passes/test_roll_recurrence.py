@@ -227,6 +227,83 @@ def test_a_state_of_two_steps_before(assert_same_gradients: Any) -> None:
     assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
 
 
+def counts(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    """A number that counts, up and down, and a row of a table that is looked up by it."""
+    position = F.embedding(torch.tensor(t), model.cell.of_input.weight)
+    return model.cell(x[:, t] / (t + 2), h) * (9 - t) + position
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_what_counts_the_steps(steps: int, assert_same_gradients: Any) -> None:
+    model, x = Loop(counts), torch.randn(B, steps, D)
+    program, record = rolled(model, x)
+    assert steps_of(program) == [steps]
+    assert not record.declined
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class Windows(nn.Module):
+    """A loop whose steps read windows of several positions, apart or overlapping."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.cell, self.width, self.stride = Cell(), width, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = x[:, 0], []
+        starts = range(0, x.shape[1] - self.width + 1, abs(self.stride))
+        for start in list(starts)[:: 1 if self.stride > 0 else -1]:
+            h = self.cell(x[:, start : start + self.width].flatten(1)[:, :D], h)
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize(("width", "stride"), [(2, 2), (3, 1), (2, -3)])
+@pytest.mark.parametrize("length", [7, 11])
+def test_windows_of_several_positions(
+    width: int, stride: int, length: int, assert_same_gradients: Any
+) -> None:
+    model, x = Windows(width, stride), torch.randn(B, length, D)
+    program, _ = rolled(model, x)
+    if (width, stride, length) == (2, -3, 7):
+        assert not steps_of(program)  # two windows, and something between them
+    else:
+        assert steps_of(program) == [(length - width) // abs(stride) + 1]
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+def test_windows_of_a_dynamic_length() -> None:
+    model = Windows(3, 1)
+    program, _ = of_lengths(model, (torch.randn(B, 5, D),), (torch.randn(B, 8, D),))
+    for length in (5, 7, 8):
+        x = torch.randn(B, length, D)
+        assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+@pytest.mark.parametrize("step", [forwards, backwards, every_other, narrow, unbound])
+def test_a_loop_of_two_steps(step: Any) -> None:
+    model, x = Loop(step), torch.randn(B, 2, D)
+    program, _ = rolled(model, x)
+    assert steps_of(program) == [2]
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+
+
+def test_two_neighbors_of_many_are_no_loop() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Cell()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.cell(x[:, 1], self.cell(x[:, 0], x[:, 2]))
+
+    program, record = rolled(Two(), torch.randn(B, T, D))
+    assert not record.rewrites
+    assert not steps_of(program)
+
+
 # Near misses -------------------------------------------------------------------------------------
 
 
@@ -249,8 +326,20 @@ def differs(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     return model.cell(x[:, t].relu() if t == 2 else x[:, t], h)
 
 
-def counts(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
-    return model.cell(x[:, t], h) * (t + 1)
+def powers(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) ** (t + 1)
+
+
+def doubles(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) * 2**t
+
+
+def spread(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) + model.cell.of_input.weight[t : t + 3 : 2].sum(0)
+
+
+def filled(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x[:, t], h) * torch.full((D,), float(t))
 
 
 def attends(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
@@ -262,7 +351,10 @@ def attends(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     ("step", "reason"),
     [
         (differs, "bodies differ at step 2: %relu calls aten.relu.default"),
-        (counts, "computes with 2, which counts the steps"),
+        (powers, "computes with 2, which counts the steps"),
+        (doubles, "has 4, which does not follow the steps"),
+        (spread, "reads its tensor by windows that differ"),
+        (filled, "reads %full_1, where the step before reads %full"),
         (attends, "a step holds attention, which is left to other passes"),
         (calls_its_own, "a step holds what a recurrence cannot: 'fxpress_test.own_step.default'"),
     ],
@@ -389,17 +481,18 @@ def of_lengths(model: nn.Module, *calls: Any) -> tuple[Program, PassRecord]:
     return program, record
 
 
+@pytest.mark.parametrize(("step", "least"), [(every_other, 5), (counts, 2)])
 def test_captures_of_several_lengths_become_one_of_dynamic_length(
-    assert_same_gradients: Any,
+    step: Any, least: int, assert_same_gradients: Any
 ) -> None:
-    model = Loop(every_other)
-    program, record = of_lengths(model, (torch.randn(3, 5, D),), (torch.randn(2, 9, D),))
-    assert record.rewrites[0].detail["length"] == "dynamic: 5 to 9, as captured"
-    for batch, length in ((2, 5), (3, 7), (4, 9)):
+    model = Loop(step)
+    program, record = of_lengths(model, (torch.randn(3, least, D),), (torch.randn(2, 8, D),))
+    assert record.rewrites[0].detail["length"] == f"dynamic: {least} to 8, as captured"
+    for batch, length in ((2, least), (3, 7), (4, 8)):
         x = torch.randn(batch, length, D)
         assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
         assert_same_gradients(program.graph_module, model, (x,), None)
-    for length in (4, 10):  # what the loop does there was not seen
+    for length in (least - 1, 9):  # what the loop does there was not seen
         with pytest.raises(CaptureError, match="captured with shape"):
             program(torch.randn(2, length, D))
 
