@@ -7,6 +7,7 @@ best dense form. Both figures go into every verdict. The total cost is capped.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ class _OneAtATime:
         """Those of one proposal, made again if another was asked for since."""
         if index not in self._held:
             self._held.clear()
+            gc.collect()  # what was built of them holds them too, and a graph module is a cycle
             self._held[index] = self.proposals[index].decide()
         return self._held[index]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.cost import Hardware, Work, dense_work, low_rank_work, vvma_work
+from fxpress.ops.vvma_linear import lay_out
 from fxpress.passes.factor_settings import FactorVvmaConfig
 from fxpress.passes.low_rank_fit import fit_low_rank
 from fxpress.passes.sites import LinearSite
@@ -289,4 +290,4 @@ def fit_layer(weights: Sequence[Tensor], form: Form, moment: Tensor | None) -> l
     done = fit_vvma(list(weights), form.block, form.terms, "layer", moment)
     parts = done.vectors.split([w.shape[0] // form.block for w in weights], dim=1)
     shared = {"form": "vvma", "core": done.core, "error": done.relative_error}
-    return [{**shared, "vectors": part.contiguous()} for part in parts]
+    return [{**shared, "vectors": lay_out(done.core, part)[1]} for part in parts]

@@ -31,7 +31,7 @@ from fxpress.passes.factor_settings import FactorVvmaConfig
 from fxpress.passes.factored_banks import factored_bank
 from fxpress.passes.sites import FACTORED_BANK, LinearSite, linear_sites
 from fxpress.planning import PlanContext, PlannedPass, Proposal
-from fxpress.program import Program, attribute, module_path
+from fxpress.program import Program, alias_parameter, attribute, module_path
 from fxpress.rewrite import Applied, Decline, PassContext, PassRecord, provide
 from fxpress.testing import APPROXIMATES, Exactness
 
@@ -188,7 +188,8 @@ def _register(program: Program, name: str, tensor: Tensor) -> str:
     for have, parameter in program.graph_module.named_parameters(recurse=False):
         if have.endswith("_core") and name.endswith("_core") and _equal(parameter, tensor):
             return have
-    return program.register(name, nn.Parameter(tensor))
+    # The plan holds the same storage: training what a program holds leaves the plan as it is.
+    return program.register(name, alias_parameter(tensor, requires_grad=True))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

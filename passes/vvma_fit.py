@@ -25,18 +25,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxpress.errors import PlanError
+from fxpress.ops.vvma_linear import empty_vectors, lay_out
 
-__all__ = ["VvmaFit", "fit_vvma", "moment_matrix"]
+__all__ = ["VvmaFit", "all_finite", "fit_vvma", "moment_matrix"]
 
-_LANES_AT_ONCE = 8  # bounds what is held in float64
-_ROWS_AT_ONCE = 512  # likewise, of the weight
+_LANES_AT_ONCE = 2  # bounds what is held in float64
+_ROWS_AT_ONCE = 256  # likewise, of the weight
 _DAMPING = 1e-4  # of the mean diagonal: lanes that calibration hardly moved stay invertible
 
 
@@ -83,10 +84,15 @@ def _one_weight(weight: Tensor | Sequence[Tensor], share: str) -> Tensor:
         widths = ", ".join(str(w.shape[1]) for w in weights)
         raise PlanError(f"fit_vvma: weights of a layer take one input, not {widths} features")
     stacked = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()
-    # The extremes carry any NaN or Inf, and take no copy of the weight to find.
-    if not stacked.is_floating_point() or not torch.stack(stacked.aminmax()).isfinite().all():
+    if not all_finite(stacked):
         raise PlanError("fit_vvma: the weight is floating and finite")
     return stacked
+
+
+def all_finite(weight: Tensor) -> bool:
+    """Whether a weight is floating and has no NaN or Inf."""
+    # The extremes carry any, and take no copy of the weight to find.
+    return weight.is_floating_point() and bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
 def moment_matrix(second_moment: Tensor | None, features: int) -> Tensor | None:
@@ -129,20 +135,20 @@ def _gram(weighted: Tensor, lane: Tensor, rowwise: bool) -> Tensor:
     return gram if rowwise else gram.sum(-3, keepdim=True)
 
 
-def _separate(lanes: Tensor, weights: Tensor, terms: int, rowwise: bool) -> tuple[Tensor, Tensor]:
+def _separate(lanes: Tensor, weights: Tensor, vectors: Tensor, rowwise: bool) -> Tensor:
     """Fit lanes (k, p, k, q), each by itself, under weights (k, q).
 
-    Returns cores (k, p or 1, k, r) and vectors (k, p, r, q).
+    Returns cores (k, p or 1, k, r); fills vectors (k, p, r, q), which in float64 would be large.
     """
-    cores, vectors = [], []
-    for part, weight in zip(
-        lanes.split(_LANES_AT_ONCE), weights.split(_LANES_AT_ONCE), strict=True
+    cores = []
+    for part, weight, room in zip(
+        *(t.split(_LANES_AT_ONCE) for t in (lanes, weights, vectors)), strict=True
     ):
         wide = part.double()
-        core = _subspace(_gram(wide * weight[:, None, None], wide, rowwise), terms)
+        core = _subspace(_gram(wide * weight[:, None, None], wide, rowwise), vectors.shape[2])
         cores.append(core)
-        vectors.append(core.mT @ wide)
-    return torch.cat(cores), torch.cat(vectors)
+        room.copy_(core.mT @ wide)
+    return torch.cat(cores)
 
 
 def _in_turn(
@@ -214,7 +220,8 @@ def fit_vvma(
         sweeps: over the lanes with a full second moment, m n^2 multiply-adds each.
 
     Returns:
-        Factors for `fxpress.ops.vvma_linear`, in the dtype of the weight.
+        Factors for `fxpress.ops.vvma_linear`, in the dtype of the weight and laid out for its
+        device.
 
     Raises:
         PlanError: if the arguments do not fit together, or are not finite.
@@ -231,16 +238,17 @@ def fit_vvma(
     missing = (0, -n % block, 0, -m % block)
     padded = F.pad(dense, missing) if any(missing) else dense
     rowwise = share == "row"
+    vectors = empty_vectors(dense, (terms, len(padded) // block, padded.shape[1] // block, block))
+    by_lane = vectors.permute(3, 1, 0, 2)  # (k, p, r, q)
     if moment is None or moment.dim() == 1:
         flat = dense.new_ones(n, dtype=torch.float64) if moment is None else moment
         weights = F.pad(flat, (0, -n % block)).view(-1, block).mT
-        lanes = _lanes(padded, block)
-        core, vectors = _separate(lanes, weights, terms, rowwise)
+        core = _separate(_lanes(padded, block), weights, by_lane, rowwise)
     else:
         full = F.pad(moment, (0, -n % block, 0, -n % block))
-        core, vectors = _in_turn(padded, full, block, terms, rowwise, sweeps)
-    # (k, p or 1, a, r) -> (p, r, a, k);  (k, p, r, q) -> (r, p, q, k)
-    core = core.permute(1, 3, 2, 0).to(dense.dtype).contiguous()
-    vectors = vectors.permute(2, 1, 3, 0).to(dense.dtype).contiguous()
-    fit = VvmaFit(core if rowwise else core[0], vectors, m, n, 0.0)
-    return VvmaFit(fit.core, vectors, m, n, _relative_error(dense, fit, moment))
+        core, fitted = _in_turn(padded, full, block, terms, rowwise, sweeps)
+        by_lane.copy_(fitted)
+    core = core.permute(1, 3, 2, 0).to(dense.dtype).contiguous()  # (p or 1, r, a, k)
+    core, vectors = lay_out(core if rowwise else core[0], vectors)
+    fit = VvmaFit(core, vectors, m, n, 0.0)
+    return replace(fit, relative_error=_relative_error(dense, fit, moment))

@@ -27,7 +27,14 @@ from fxpress.ops.activations import activate, activation_gradient
 from fxpress.ops.define import define
 from fxpress.ops.linear_checks import operand_problem
 
-__all__ = ["VvmaSite", "lay_out", "lay_out_cores", "vvma_linear", "vvma_reference"]
+__all__ = [
+    "VvmaSite",
+    "empty_vectors",
+    "lay_out",
+    "lay_out_cores",
+    "vvma_linear",
+    "vvma_reference",
+]
 
 _OPERATOR = "fxpress::vvma_linear"
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -99,8 +106,14 @@ def lay_out_cores(core: Tensor) -> Tensor:
     return core.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
+def empty_vectors(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Room for vectors (r, p, q, k) as `lay_out` has them, of the dtype and device of a tensor."""
+    order = (3, 2, 0, 1) if like.device.type == "cpu" else (0, 1, 2, 3)
+    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+
+
 def lay_out(core: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The same factors in the order of memory that their device reads fastest.
+    """The same factors in the order of memory that their device reads fastest: no copy if they are.
 
     On CPU lanes come first: vectors (k, q, r, p) are k matrices that a row multiplies from the left
     in one pass, and cores (k, k r) multiply what comes out as it lies. Elsewhere vectors are as

@@ -201,6 +201,16 @@ def test_low_rank_is_the_best_of_its_rank(shape: tuple[int, int], data: st.DataO
     assert (fit.down.shape, fit.up.shape) == ((rank, shape[1]), (shape[0], rank))
 
 
+@pytest.mark.parametrize("shape", [(600, 300), (300, 600)])
+def test_low_rank_of_what_is_worked_on_in_parts(shape: tuple[int, int]) -> None:
+    weight, scales = torch.randn(shape), torch.rand(shape[1])
+    fit = fit_low_rank(weight, 270, scales.square())
+    values = torch.linalg.svdvals(weight.double() * scales)
+    best = float(values[270:].norm() / values.norm())
+    assert fit.relative_error == pytest.approx(best, rel=1e-6)
+    assert relative_rms(fit.to_dense() * scales, weight * scales) == pytest.approx(best, rel=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(40, 61), (61, 40)])
 def test_low_rank_weighs_what_the_inputs_are(shape: tuple[int, int]) -> None:
     weight, inputs = torch.randn(shape), correlated(300, shape[1])
@@ -217,8 +227,9 @@ def test_low_rank_weighs_what_the_inputs_are(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("message", "args"),
     [
-        ("(m, n), floating and finite", (torch.ones(8), 1)),
-        ("(m, n), floating and finite", (torch.full((8, 8), torch.inf), 1)),
+        ("(m, n), not empty, floating and finite", (torch.ones(8), 1)),
+        ("(m, n), not empty, floating and finite", (torch.ones(8, 0), 1)),
+        ("(m, n), not empty, floating and finite", (torch.full((8, 8), torch.inf), 1)),
         ("rank is between 1 and 8, not 9", (torch.ones(8, 10), 9)),
         ("second_moment is (10,) or (10, 10)", (torch.ones(8, 10), 2, torch.ones(8))),
     ],
