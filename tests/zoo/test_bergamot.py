@@ -14,8 +14,11 @@ from torch import Tensor, nn
 import fxpress
 from fxpress import zoo
 from fxpress.testing import assert_equivalent
-from fxpress.zoo import bergamot, marian_weights
-from fxpress.zoo.pretrained import PretrainedError
+from fxpress.zoo import bergamot, marian_weights, tokenization, translation
+from fxpress.zoo.decoding import beam_search, greedy
+from fxpress.zoo.pretrained import DownloadError, PretrainedError
+from fxpress.zoo.registry import entry
+from fxpress.zoo.samples import DATA, read_rows
 
 SIZES: dict[str, Any] = {"vocabulary": 40, "width": 16, "heads": 2, "inner": 24}
 
@@ -131,3 +134,48 @@ def test_eight_bit_matrices_lie_transposed_but_for_the_embedding(tmp_path: Path)
 def test_trained_weights_fix_the_sizes() -> None:
     with pytest.raises(PretrainedError, match="drop width"):
         zoo.create_model("bergamot-en-pt", pretrained=True, width=8)
+
+
+def trained() -> Any:
+    try:
+        return zoo.create_model("bergamot-en-pt", pretrained=True)
+    except DownloadError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.pretrained
+def test_the_trained_model_translates() -> None:
+    model = trained()
+    assert sum(p.numel() for p in model.parameters()) == 16_907_008
+    rows = read_rows(DATA / "sentences" / "en-pt.jsonl", ("en", "pt"))
+    sources = [row["en"] for row in rows]
+    said = translation.translate(model, sources, bergamot.encode, bergamot.decode)
+    assert said[sources.index("How are you today?")] == "Como você está hoje?"
+    assert translation.bleu_chrf(said, [row["pt"] for row in rows])["bleu"] > 50
+
+
+@pytest.mark.pretrained
+def test_the_trained_model_is_optimized() -> None:
+    model, batches = trained(), entry("bergamot-en-pt").calibration()
+    config = {"prune-attention": False, "factor-vvma": False}
+    o = fxpress.optimize(model, batches, config=config)
+    assert len(o.passes["roll-recurrence"].rewrites) == 2
+    for batch in (batches[0], batches[-1]):
+        assert_equivalent(o, model, batch)
+
+
+@pytest.mark.pretrained
+@torch.no_grad()
+def test_a_beam_is_at_least_as_likely_as_greedy() -> None:
+    model = trained()
+    source = tokenization.pad(bergamot.encode(["The old house stands near the river."]), 0)
+    found = [greedy(model, source, 30), beam_search(model, source, 30, width=4, alpha=0.0)]
+
+    def likelihood(said: Tensor) -> Tensor:
+        ended = torch.cat([said[0], said.new_zeros(1)])
+        ended = ended[: int((ended == bergamot.END).nonzero()[0]) + 1]
+        read = torch.cat([ended.new_zeros(1), ended[:-1]])[None]
+        return model(source, read)[0].log_softmax(-1).gather(1, ended[:, None]).sum()
+
+    first, second = (float(likelihood(said)) for said in found)
+    assert second >= first

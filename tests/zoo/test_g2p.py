@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fxpress
 from fxpress import zoo
 from fxpress.errors import CalibrationError
-from fxpress.zoo import cmudict, corpora, g2p
-from fxpress.zoo.pretrained import PretrainedError
+from fxpress.testing import assert_equivalent
+from fxpress.zoo import cmudict, corpora, g2p, registry, trained
+from fxpress.zoo.pretrained import DownloadError, PretrainedError
 from fxpress.zoo.registry import entry
+from fxpress.zoo.samples import DATA, read_rows
 
 
 def test_words_are_spelled_with_their_ends() -> None:
@@ -108,3 +112,43 @@ def test_the_dictionary_keeps_inflected_forms_together(
         {"word": "walked", "sounds": ["W AO1 K T", "W AA1 K T"]},
         {"word": "walker", "sounds": ["W AO1 K ER0"]},
     ]
+
+
+@pytest.mark.pretrained
+def test_the_trained_model_pronounces_and_is_optimized() -> None:
+    try:
+        model = zoo.create_model("g2p", pretrained=True)
+    except DownloadError as error:
+        pytest.skip(str(error))
+    assert isinstance(model, g2p.G2P)
+    said = g2p.pronounce(model, ["optimization", "cat"])
+    assert said == [
+        ["AA2", "P", "T", "AH0", "M", "AH0", "Z", "EY1", "SH", "AH0", "N"],
+        ["K", "AE1", "T"],
+    ]
+    rows = read_rows(DATA / "pronunciations" / "calibration.jsonl", ("word", "sounds"))
+    words = [row["word"] for row in rows]
+    found = g2p.error_rates(g2p.pronounce(model, words), [[row["sounds"]] for row in rows])
+    assert found["words_right"] > 0.7  # it was trained on them
+    batches = entry("g2p").calibration()
+    o = fxpress.optimize(model, batches, max_divergence=0.0)
+    assert_equivalent(o, model, batches[0])
+    assert len(fxpress.explain(model, batches[0]).recurrences) == 2
+
+
+def test_a_model_trained_elsewhere_is_scored_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fxpress.cli import main
+
+    e = entry("g2p")
+    made = dataclasses.replace(
+        e, build=lambda pretrained: nn.Identity(), score=lambda _: {"x": 0.5}
+    )
+    monkeypatch.setitem(registry.entries(), "g2p", made)
+    assert trained.evaluate("g2p") == {"scores": {"x": 0.5}, "baselines": {}}
+    with pytest.raises(SystemExit):
+        main(["zoo", "eval", "g2p"])
+    assert "0.5000" in capsys.readouterr().out
+    with pytest.raises(PretrainedError, match="g2p is scored on data of its own"):
+        trained.evaluate("g2p", data=Path("x"))
