@@ -71,7 +71,8 @@ class Bergamot(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         sizes = width, heads, inner
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(decoder_layers))
+        # Any: a list of modules says nothing of their methods.
+        self.decoder: Any = nn.ModuleList(DecoderLayer(*sizes) for _ in range(decoder_layers))
         self.output_bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class Bergamot(nn.Module):
 
     def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Embeddings of target tokens (B, T); a zero vector stands for the one before the first."""
-        x = self.embedding(ids) * math.sqrt(self.width)
+        x: Tensor = self.embedding(ids) * math.sqrt(self.width)
         x = x * (positions > 0)[..., None].to(x)
         return x + sinusoids(positions, self.width).to(x)
 

@@ -52,7 +52,7 @@ def greedy(model: Steps, source: Tensor, limit: int) -> Tensor:
     state = model.encode(source)
     token = source.new_full((len(source),), model.start)
     done = torch.zeros_like(token, dtype=torch.bool)
-    said = []
+    said: list[Tensor] = []
     while len(said) < limit and not done.all():
         logits, state = model.step(token, state)
         token = logits.argmax(-1).masked_fill(done, model.end)

@@ -64,7 +64,8 @@ class TransformerSeq2Seq(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # it is the output's matrix too
         sizes = width, heads, inner, dropout
         self.encoder = nn.ModuleList(EncoderBlock(*sizes) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderBlock(*sizes) for _ in range(decoder_layers))
+        # Any: a list of modules says nothing of their methods.
+        self.decoder: Any = nn.ModuleList(DecoderBlock(*sizes) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -204,7 +205,8 @@ class Attention(nn.Module):
         return mixed
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
 
 class FeedForward(nn.Module):

@@ -175,7 +175,8 @@ def test_a_beam_is_at_least_as_likely_as_greedy() -> None:
         ended = torch.cat([said[0], said.new_zeros(1)])
         ended = ended[: int((ended == bergamot.END).nonzero()[0]) + 1]
         read = torch.cat([ended.new_zeros(1), ended[:-1]])[None]
-        return model(source, read)[0].log_softmax(-1).gather(1, ended[:, None]).sum()
+        logits: Tensor = model(source, read)[0]
+        return logits.log_softmax(-1).gather(1, ended[:, None]).sum()
 
     first, second = (float(likelihood(said)) for said in found)
     assert second >= first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_calibration_reads_a_file(tmp_path: Path) -> None:
 def test_a_checkpoint_of_numpy_is_converted(tmp_path: Path) -> None:
     """Torch's own GRU on the arrays as they are named there."""
     model = g2p.G2P(8)
-    arrays = {"fc_w": model.output.weight, "fc_b": model.output.bias}
+    arrays: dict[str, Any] = {"fc_w": model.output.weight, "fc_b": model.output.bias}
     for ours, theirs in (("encoder", "enc"), ("decoder", "dec")):
         arrays[f"{theirs}_emb"] = model.get_submodule(f"{ours}_embedding").weight
         for name, p in model.get_submodule(ours).named_parameters():
@@ -72,7 +73,8 @@ def test_a_checkpoint_of_numpy_is_converted(tmp_path: Path) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
     out.mkdir()
-    np.savez(raw / g2p.PACKAGE.weights, **{k: x.detach().numpy() for k, x in arrays.items()})
+    named: dict[str, Any] = {name: x.detach().numpy() for name, x in arrays.items()}
+    np.savez(raw / g2p.PACKAGE.weights, **named)
     g2p._convert(raw, out)
     from safetensors.torch import load_file
 
@@ -142,9 +144,11 @@ def test_a_model_trained_elsewhere_is_scored_by_name(
     from fxpress.cli import main
 
     e = entry("g2p")
-    made = dataclasses.replace(
-        e, build=lambda pretrained: nn.Identity(), score=lambda _: {"x": 0.5}
-    )
+
+    def build(pretrained: bool = False, **_: Any) -> nn.Module:
+        return nn.Identity()
+
+    made = dataclasses.replace(entry("g2p"), build=build, score=lambda _: {"x": 0.5})
     monkeypatch.setitem(registry.entries(), "g2p", made)
     assert trained.evaluate("g2p") == {"scores": {"x": 0.5}, "baselines": {}}
     with pytest.raises(SystemExit):

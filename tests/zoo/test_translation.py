@@ -46,6 +46,13 @@ def tokenizer() -> Any:
     return tokenization.load("en-de", ("en", "de"), 4096)
 
 
+def said(model: nn.Module, texts: list[str]) -> list[str]:
+    """Translations by the tokenizer that ships."""
+    words = tokenizer()
+    encode, decode = partial(tokenization.encode, words), partial(tokenization.decode, words)
+    return translation.translate(model, texts, encode, decode)
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -53,10 +60,10 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_a_batch_is_sentences_and_their_translations(folder: Path) -> None:
     (((source, read), targets),) = task(folder).splits["test"]
     assert len(source) == len(read) == len(targets) == 8
-    said = tokenization.decode(tokenizer(), targets.masked_fill(targets == IGNORED, PAD))
+    answers = tokenization.decode(tokenizer(), targets.masked_fill(targets == IGNORED, PAD))
     asked = tokenization.decode(tokenizer(), source)
     expected = {row["en"]: row["de"] for row in rows(folder / "test.jsonl")}
-    assert dict(zip(asked, said, strict=True)) == expected
+    assert dict(zip(asked, answers, strict=True)) == expected
     assert (read[:, 0] == START).all()
     following = targets[:, :-1]
     kept = (following != IGNORED) & (following != END)
@@ -116,8 +123,7 @@ def test_perfect_translations_score_a_hundred(folder: Path) -> None:
     model = Dictionary(pairs)
     scores = made.decoded(model)
     assert scores == pytest.approx({"bleu": 100.0, "chrf": 100.0})
-    encode, decode = (partial(f, tokenizer()) for f in (tokenization.encode, tokenization.decode))
-    assert translation.translate(model, list(pairs), encode, decode) == list(pairs.values())
+    assert said(model, list(pairs)) == list(pairs.values())
     wrong = dict(zip(pairs, reversed(pairs.values()), strict=True))
     assert made.decoded(Dictionary(wrong))["bleu"] < 20
     assert 0 < made.baselines["copying the source"] < 20
@@ -158,10 +164,8 @@ def test_trained_models_translate_sentences_of_the_style(name: str, folder: Path
     loss, accuracy = training.evaluate(model, task(folder), "test")
     assert loss < 4.5 < math.log(4096)
     assert accuracy > 0.3
-    encode, decode = (partial(f, tokenizer()) for f in (tokenization.encode, tokenization.decode))
     text = "This package contains the documentation."
-    (said,) = translation.translate(model, [text], encode, decode)
-    assert said == "Dieses Paket enthält die Dokumentation."
+    assert said(model, [text]) == ["Dieses Paket enthält die Dokumentation."]
 
 
 @pytest.mark.parametrize("name", NAMES)
