@@ -143,8 +143,6 @@ def test_a_model_trained_elsewhere_is_scored_by_name(
 ) -> None:
     from fxpress.cli import main
 
-    e = entry("g2p")
-
     def build(pretrained: bool = False, **_: Any) -> nn.Module:
         return nn.Identity()
 
