@@ -11,20 +11,28 @@ from fxpress import zoo
 from fxpress.cli_inputs import as_call
 from fxpress.zoo import registry
 from fxpress.zoo.pretrained import DownloadError
-from fxpress.zoo.trained import SHIPPED
+from fxpress.zoo.trained import SHIPPED, load_card
 
-__all__ = ["NAMES", "build", "sample"]
+__all__ = ["NAMES", "build", "marked", "sample"]
 
 
 def _is_downloaded(name: str) -> bool:
-    """Whether its weights are neither random nor in the repository."""
-    return registry.entry(name).has_weights and not (SHIPPED / f"{name}.json").is_file()
+    """Whether weights of it are neither random nor in the repository."""
+    if (SHIPPED / f"{name}.json").is_file():
+        builds_on: bool = load_card(name)["recipe"]["model"].get("pretrained", False)
+        return builds_on
+    return registry.entry(name).has_weights
 
 
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.pretrained] if _is_downloaded(name) else [])
-    for name in zoo.list_models()
-]
+def marked(names: list[str]) -> list[Any]:
+    """Names as parameters of a test, those with a mark whose weights are downloaded."""
+    return [
+        pytest.param(name, marks=[pytest.mark.pretrained] if _is_downloaded(name) else [])
+        for name in names
+    ]
+
+
+NAMES = marked(zoo.list_models())
 
 
 def build(name: str, **sizes: Any) -> nn.Module:

@@ -23,6 +23,7 @@ UNTRAINED = [name for name in NAMES if name.endswith("-lm")]
 IDS = torch.arange(24).reshape(2, 12)
 INPUTS: dict[str, dict[str, Any]] = {
     "bergamot-en-pt": {"source": IDS, "target": IDS},
+    "r8-minilm": {"ids": IDS, "mask": torch.ones_like(IDS)},
     "minilm": {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
     "smollm2": {"input_ids": IDS, "use_cache": False},
     "whisper-tiny": {

@@ -11,6 +11,7 @@ from fxpress.errors import CalibrationError
 from fxpress.zoo import recipe, tokenization, trained
 from fxpress.zoo.pretrained import PretrainedError
 from fxpress.zoo.registry import entry
+from tests.models.samples import build, marked
 
 NAMES = sorted(path.stem for path in trained.SHIPPED.glob("*.json"))
 QUICK = ["copying-gru", "recall-gru", "austen-gru"]  # to score: one of each task
@@ -26,12 +27,12 @@ def test_there_are_weights_and_they_are_small() -> None:
 RISING = ("accuracy", "bleu", "rouge_1")  # headlines of which more is better
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(NAMES))
 def test_a_card_is_of_the_recipe_as_it_is_now(name: str) -> None:
     card = trained.load_card(name)
     assert recipe.Recipe(**card["recipe"]) == recipe.load(name, reduced=True)
     assert entry(name).has_weights
-    model = zoo.create_model(name, pretrained=True)
+    model = build(name)
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
 

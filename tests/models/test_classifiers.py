@@ -1,0 +1,42 @@
+"""Trained classifiers through plain `optimize`, with nothing but the samples of the zoo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fxpress
+from fxpress.zoo.registry import entry
+from tests.models.samples import build, marked
+
+TRAINED = ["fashion-vit", "r8-encoder", "r8-minilm", "section-encoder"]
+LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
+
+
+def said(model: Any, batches: list[Any]) -> list[int]:
+    """The class that a model gives to each row."""
+    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    with torch.no_grad():
+        return [int(i) for call in calls for i in model(*call).argmax(-1)]
+
+
+@pytest.mark.parametrize("name", marked(TRAINED))
+def test_optimized_classifiers_say_the_same(name: str) -> None:
+    model, batches = build(name), entry(name).calibration(limit=5)
+    before = said(model, batches)
+    assert len(set(before)) > 2  # it tells the samples apart
+    optimized = fxpress.optimize(model, batches)
+    assert optimized.report.as_dict()["sites"]
+    after = said(optimized, batches)
+    agreed = sum(x == y for x, y in zip(before, after, strict=True))
+    assert agreed >= 0.9 * len(before)
+
+
+@pytest.mark.parametrize("name", marked(["r8-encoder", "r8-minilm"]))
+def test_news_of_the_sample_are_told_apart(name: str) -> None:
+    labels = [LABELS[i] for i in said(build(name), entry(name).calibration())]
+    assert labels[:3] == ["earn"] * 3  # figures and dividends
+    assert labels[6:12] == ["crude"] * 3 + ["grain"] * 3
+    assert labels[12:15] == ["interest"] * 3
