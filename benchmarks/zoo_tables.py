@@ -68,6 +68,29 @@ and with words missing or repeated where they are not. Systems trained on millio
 better: `fxpress zoo eval bergamot-en-pt` scores one on the Portuguese form of this data (which may
 be among what it was trained on).
 """,
+    "classification": """
+## Classes of texts
+
+*R8*: Reuters news of the eight largest classes, with the standard split (5,485 texts to learn from,
+of which a tenth chose the weights; 2,189 of test), lower-cased, letters only. *Debian-section*: the
+section of a package by its description, 41 of them, whole source packages held out. Texts are cut
+at `length` tokens. Accuracy, higher is better, and macro F1, the mean over classes, of which the
+smallest of R8 has 10 texts in test. *Naive Bayes* (multinomial, smoothed by one) knows the same
+tokens of the same texts; `r8-bag` is the mean of embeddings under a linear head. In `r8-minilm` the
+biases and the head are trained (28,808 weights of 22.6 million; what is trained is what ships), on
+half a pass over the texts. On R8 Yao et al. (2019, arXiv 1809.05679) report .937 for tf-idf with
+logistic regression and for an LSTM, .961 for fastText, and .971 for their graph network.
+""",
+    "image-classification": """
+## Classes of images
+
+Fashion-MNIST (Xiao et al. 2017): 28 x 28 gray images of ten kinds of clothes, 60,000 to learn from,
+of which a tenth chose the weights, and 10,000 of test. Accuracy, higher is better. `fashion-linear`
+is logistic regression on pixels, trained the same way. The data set's own page lists .835 for
+people without training, .876 to .925 for two convolutional layers, .898 for XGBoost, .900 for a
+perceptron of three hidden layers and .949 for a ResNet-18 with augmentation. A Transformer has to
+learn from the data what a convolution has built in: the five passes of the reduced form are little.
+""",
     "recall": """
 ## Associative recall
 
@@ -112,11 +135,22 @@ def section(task: str, cards: dict[str, Any]) -> str:
         return ""
     head = ["model", "parameters", "data", "steps x sequences, time", "score", "command"]
     rows = [head, ["---"] * len(head), *(line(name, card) for name, card in chosen.items())]
-    first = next(iter(chosen.values()))
-    baselines = ", ".join(score(*item) for item in first["baselines"].items())
     table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    about = f"To compare with ({first['headline'].replace('_', ' ')}): {baselines}."
-    return f"{SECTIONS[task]}\n{table}\n{about} Data sha256 `{first['data_sha256'][:16]}`.\n"
+    return f"{SECTIONS[task]}\n{table}\n{references(chosen)}\n"
+
+
+def references(chosen: dict[str, Any]) -> str:
+    """What to compare models with, a line for all that were tested on the same data."""
+    same: dict[str, list[str]] = {}
+    for name, card in chosen.items():
+        same.setdefault(card["data_sha256"], []).append(name)
+    return "\n\n".join(
+        f"To compare {'' if len(same) == 1 else ', '.join(names) + ' '}with "
+        f"({chosen[names[0]]['headline'].replace('_', ' ')}): "
+        f"{', '.join(score(*item) for item in chosen[names[0]]['baselines'].items())}. "
+        f"Data sha256 `{sha256[:16]}`."
+        for sha256, names in same.items()
+    )
 
 
 def main() -> None:
