@@ -7,6 +7,7 @@ encoder reads in both directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,16 +95,18 @@ class LSTMSeq2Seq(nn.Module):
         scores = self.score(y) @ memory.transpose(1, 2)
         weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
         found = self.combine(torch.cat([weights @ memory, y], -1)).tanh()
-        return F.linear(self.dropout(found), self.embedding.weight, self.output_bias)
+        # As far as the embedding's rows are short; without it learning is slow to begin.
+        scaled = self.dropout(found) * self.embedding.embedding_dim**0.5
+        return F.linear(scaled, self.embedding.weight, self.output_bias)
 
 
 class BothDirections(nn.Module):
-    """Two LSTMs over sequences of different lengths: one from the left, one from the right."""
+    """Two recurrent layers over sequences of different lengths: from the left, from the right."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layer: Callable[..., nn.Module] = nn.LSTM) -> None:
         super().__init__()
         self.forwards, self.backwards = (
-            nn.LSTM(width, width // 2, batch_first=True) for _ in range(2)
+            layer(width, width // 2, batch_first=True) for _ in range(2)
         )
 
     def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
