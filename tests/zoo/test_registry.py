@@ -87,10 +87,8 @@ def test_builds_small_and_exports(name: str) -> None:
     model = zoo.create_model(name)
     assert not model.training
     assert name == "wide" or sum(p.numel() for p in model.parameters()) < 4_000_000
-    args, kwargs = (), INPUTS.get(name)
-    if kwargs is None:
-        args, kwargs = as_call(entry(name).calibration(limit=1)[0])
-        args = tuple(x[:2, :6] for x in args)
+    args, kwargs = as_call(INPUTS.get(name) or entry(name).calibration(limit=1)[0])
+    args = tuple(x[:2, :6] for x in args)
     exported = torch.export.export(model, args, kwargs, strict=False).module()
     assert_equivalent(exported, model, args, kwargs)
 

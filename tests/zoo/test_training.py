@@ -152,9 +152,9 @@ def test_frozen_weights_stay_and_are_not_written(
 ) -> None:
     def build(pretrained: bool = False, **sizes: Any) -> nn.Module:
         module = registry.create_model("gru-lm", **sizes)
-        module.get_submodule("tokens").weight.requires_grad_(requires_grad=False)
+        frozen = module.get_parameter("tokens.weight").requires_grad_(False)
         with torch.no_grad():  # as if it were fetched: the same in each model that is built
-            module.get_submodule("tokens").weight.fill_(0.5)
+            frozen.fill_(0.5)
         return module
 
     entries = registry.entries() | {"frozen": replace(registry.entry("gru-lm"), build=build)}
