@@ -51,7 +51,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="threads of the CPU")]
 Artifact = Annotated[Path, typer.Argument(help="what `optimize --out` wrote")]
 AnyArtifact = Annotated[Path | None, typer.Argument(help="what `optimize --out` wrote")]
 TextFolder = Annotated[
-    Path | None, typer.Option(help="folder with train.txt and test.txt, for the recipe's texts")
+    Path | None, typer.Option(help="folder with a file for each split, for the recipe's data")
 ]
 Judge = Annotated[str, typer.Option(help="measured, modelled or off")]
 Budget = Annotated[float | None, typer.Option(help="budget: mean divergence of outputs")]

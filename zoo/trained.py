@@ -45,7 +45,7 @@ def train(
     Args:
         plan: the recipe.
         out: the folder; also of the checkpoint.
-        data: a folder with train.txt and test.txt (or .jsonl), in place of the recipe's own texts.
+        data: a folder with a file for each split, in place of the recipe's own data.
         device: cpu or cuda.
         progress: called after each checkpoint.
 

@@ -120,7 +120,7 @@ def test_austen_is_split_by_novel() -> None:
     assert parts[1][0].startswith("Sir Walter Elliot")
 
 
-@pytest.mark.parametrize("folder", ["austen", "voice_prompts"])
+@pytest.mark.parametrize("folder", ["austen", "fashion", "notices", "voice_prompts"])
 def test_samples_name_author_licence_and_source(folder: str) -> None:
     text = (DATA / folder / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert all(f"- {item}" in text for item in ("Author:", "Licence:", "Source:", "Changes:"))
