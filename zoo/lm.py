@@ -19,7 +19,6 @@ from fxpress.zoo.samples import DATA, read_texts
 __all__ = ["BYTES", "RecurrentLM", "TransformerLM", "byte_windows"]
 
 BYTES = 256
-TIED_STD = 0.02  # of embeddings that are the head's matrix too, as GPT-2's
 CONTEXT, STEPS, ROWS = 256, 64, 4  # bytes of a window (Transformer, recurrent), windows of a batch
 
 AttentionForm = Literal["sdpa", "math"]
@@ -61,13 +60,17 @@ class TransformerLM(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
         self.dropout = dropped(dropout)
-        if tied:
-            for embedding in (self.tokens, self.positions):
-                nn.init.normal_(embedding.weight, std=TIED_STD)
+        self.scale = width**0.5
+        if tied:  # unit logits and unit inputs (Vaswani et al. 2017), in which positions are small
+            nn.init.normal_(self.tokens.weight, std=width**-0.5)
+            nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, N, V) of the token after each of `ids` (B, N), N at most `context`."""
-        x = self.dropout(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
+        tokens = self.tokens(ids)
+        if self.head is None:
+            tokens = tokens * self.scale
+        x = self.dropout(tokens + self.positions.weight[: ids.shape[1]])
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

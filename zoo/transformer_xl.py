@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxpress.zoo.lm import BYTES, TIED_STD, byte_windows, dropped
+from fxpress.zoo.lm import BYTES, byte_windows, dropped
 from fxpress.zoo.pretrained import no_pretrained
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, read_texts
@@ -62,7 +62,7 @@ class TransformerXL(nn.Module):
             raise ValueError(f"width {width} is odd, or no multiple of {heads} heads")
         self.width, self.memory = width, memory
         self.tokens = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.tokens.weight, std=TIED_STD)
+        nn.init.normal_(self.tokens.weight, std=width**-0.5)  # it is the head's matrix too
         self.layers = nn.ModuleList(Layer(width, heads, memory, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.dropout = dropped(dropout)
@@ -85,7 +85,7 @@ class TransformerXL(nn.Module):
 
     def _states(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """The last layer's states (B, N, d), and each layer's memory for the next segment."""
-        x = self.dropout(self.tokens(ids))
+        x = self.dropout(self.tokens(ids) * self.width**0.5)
         remembered = []
         for index, layer in enumerate(self.layers):
             context = x if memory is None else torch.cat([memory[index], x], 1)
