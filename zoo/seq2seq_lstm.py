@@ -95,7 +95,7 @@ class LSTMSeq2Seq(nn.Module):
         scores = self.score(y) @ memory.transpose(1, 2)
         weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
         found = self.combine(torch.cat([weights @ memory, y], -1)).tanh()
-        # As far as the embedding's rows are short; without it learning is slow to begin.
+        # The embedding's rows are short: without the factor logits start small, and learning slow.
         scaled = self.dropout(found) * self.embedding.embedding_dim**0.5
         return F.linear(scaled, self.embedding.weight, self.output_bias)
 
