@@ -318,6 +318,7 @@ def _export_known(
             # Where torch gives up it prints the whole graph; the reason alone is for the user.
             with (
                 place,
+                _no_hooks_left(),
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):
@@ -333,6 +334,18 @@ def _export_known(
         f"{type(model).__name__} cannot be exported: {type(first).__name__}: {reason}"
         + (f" (at {line})" if line else "")
     ) from first
+
+
+@contextlib.contextmanager
+def _no_hooks_left() -> Iterator[None]:
+    """Remove what an export that gave up leaves: hooks on assigned buffers, which hold the model."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for left in set(hooks) - before:
+            del hooks[left]
 
 
 def _user_frame(error: BaseException) -> str:

@@ -254,6 +254,8 @@ class Program:
         With `before`, only of what was just built in front of that node: a rewrite then costs
         what it makes, and not what the graph holds.
         """
+        from torch._dispatch.python import enable_python_dispatcher
+
         mode = self._fake_mode()
         for node in self.graph.nodes if before is None else _new_before(before):
             if "val" in node.meta or node.op == "output":
@@ -265,7 +267,8 @@ class Program:
                 fake = mode.from_tensor(value, static_shapes=True) if is_tensor else value
                 node.meta["val"] = fake
             elif callable(node.target):
-                with mode:
+                # Composite operators in C++ may ask for sizes as numbers, which fixes dynamic ones.
+                with mode, enable_python_dispatcher():
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                     node.meta["val"] = node.target(*args, **kwargs)
 

@@ -158,10 +158,6 @@ def test_results_of_each_structure(kind: str, tmp_path: Path) -> None:
             r"a collections.namedtuple among arguments or results cannot be saved",
         ),
         (Record, r"a .*Record among arguments or results cannot be saved"),
-        (
-            lambda z: torch.bernoulli(z.sigmoid(), generator=torch.Generator()),
-            "a Generator: only tensors under plain names can be saved",
-        ),
     ],
 )
 def test_what_cannot_be_saved_is_refused_by_save(
@@ -170,6 +166,20 @@ def test_what_cannot_be_saved_is_refused_by_save(
     x = torch.randn(3, 4)
     o = fxpress.optimize(Function(function).eval(), [x, x], judge="off")
     with pytest.raises(ArtifactError, match=reason):
+        o.save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_that_is_no_tensor_is_refused_by_save(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    o = fxpress.optimize(Function(lambda z: z + 1).eval(), [x, x], judge="off")
+    program = o.captured.programs[""]
+    program.register("source", torch.zeros(()))
+    with program.graph.inserting_before(program.placeholders[0]):
+        program.graph.get_attr("source")
+    del program.graph_module.source
+    program.graph_module.source = torch.Generator()
+    with pytest.raises(ArtifactError, match="reads 'source', a Generator: only tensors under"):
         o.save(tmp_path / "m")
     assert not list(tmp_path.iterdir())
 

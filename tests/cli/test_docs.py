@@ -22,7 +22,7 @@ CONSOLE = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.MULTILINE | re.DOTA
 
 def _without_figures(text: str) -> str:
     """Figures, and what depends on how wide they are, differ from machine to machine."""
-    return re.sub(r"\s+", " ", re.sub(r"\d[\d.,e+-]*(\+cpu)?", "#", text))
+    return re.sub(r"\s+", " ", re.sub(r"\d[\d.,e+-]*((?<=\+)\w+)?", "#", text))
 
 
 def _transcript(block: str, run: Run) -> Iterator[str]:

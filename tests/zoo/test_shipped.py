@@ -47,11 +47,10 @@ def test_each_beats_what_it_is_compared_with(name: str) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_scores_are_what_the_card_says(name: str) -> None:
     card, found = trained.load_card(name), trained.evaluate(name)
-    # Another processor sums in another order; a figure of the table stays what it is.
-    assert {k: round(v, 2) for k, v in found["scores"].items()} == {
-        k: round(v, 2) for k, v in card["scores"].items()
-    }
-    assert found["baselines"] == card["baselines"]
+    # Another processor or torch sums in another order; a figure of the table stays what it is.
+    for figures in ("scores", "baselines"):
+        now, then = ({k: round(v, 2) for k, v in one[figures].items()} for one in (found, card))
+        assert now == then
 
 
 def test_trained_weights_fix_the_sizes() -> None:
