@@ -32,8 +32,9 @@ from fxpress.passes.score_walk import Way, scores_of
 from fxpress.passes.scores import Bias, Keep, Scores, changed, settled
 from fxpress.passes.softmax import Softmax, divided_late, is_cast, softmax_of
 from fxpress.passes.views import VIEWS
-from fxpress.program import Program
-from fxpress.rewrite import Decline, Rewrite, RewritePass
+from fxpress.passes.without_softmax import without_softmax
+from fxpress.program import Program, module_path
+from fxpress.rewrite import Decline, PassContext, PassRecord, Rewrite, RewritePass
 
 __all__ = ["FuseAttention"]
 
@@ -78,6 +79,16 @@ class FuseAttention(RewritePass):
     def rules(self) -> Iterable[Rewrite]:
         """The call as it is, then the spelled-out forms."""
         return (FlagCausal(), LiftAttention(), FuseSoftmax())
+
+    def run(self, program: Program, ctx: PassContext) -> PassRecord:
+        """Apply the rules, and name what is left that looks like attention without a softmax."""
+        record = super().run(program, ctx)
+        for node in program.graph.nodes:
+            values = product(node) if ctx.enabled(module_path(node)) else None
+            near = values and without_softmax(values)
+            if near and not any(rule.match(node, program) for rule in self.rules()):
+                record.declined.append(near)
+        return record
 
 
 class FlagCausal(Rewrite):

@@ -59,6 +59,9 @@ class Model(nn.Module):
 HANDWRITTEN: dict[str, tuple[Body, int, list[str]]] = {}
 
 
+NO_SOFTMAX = "no softmax stands between the product of queries and keys and that with v"
+
+
 def attention(count: int = 1, *reasons: str) -> Callable[[Body], Body]:
     """Enter a forward into the table."""
 
@@ -901,13 +904,13 @@ def vocabulary(m: Model, x: Tensor) -> Any:
     return (m.q(x) @ m.memory.t()).softmax(-1) @ m.memory
 
 
-@attention(0)
+@attention(0, NO_SOFTMAX)
 def sigmoid_attention(m: Model, x: Tensor) -> Any:
     q, k, v = m.heads(x)
     return (q @ k.mT).sigmoid() @ v
 
 
-@attention(0)
+@attention(0, NO_SOFTMAX)
 def relu_attention(m: Model, x: Tensor) -> Any:
     q, k, v = m.heads(x)
     return F.relu(q @ k.mT).square() @ v

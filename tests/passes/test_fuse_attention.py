@@ -713,7 +713,7 @@ UNEQUAL = "batch sizes of queries, keys and values differ"
 
 
 def test_every_reason_is_hit() -> None:
-    known = [*REFUSALS.values(), UNEQUAL, TWO_DYNAMIC]
+    known = [*REFUSALS.values(), UNEQUAL, TWO_DYNAMIC, NO_SOFTMAX, VALUES_FIRST]
     known += [reason for _, _, reasons in HANDWRITTEN.values() for reason in reasons]
     for module in (fuse_attention, probabilities, score_walk, layouts, softmax):
         assert module.__file__ is not None
@@ -736,15 +736,69 @@ def test_softmax_without_a_product_behind_it_is_no_anchor(dim: int) -> None:
     assert not record.declined
 
 
-def test_no_softmax_is_no_attention() -> None:
+def _cosine_scores(m: Heads, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = m.heads(x)
+    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, v
+
+
+def _of_scores(change: Callable[[Tensor], Tensor]) -> Forward:
+    def forward(m: Heads, x: Tensor) -> Tensor:
+        scores, v = _cosine_scores(m, x)
+        return change(scores) @ v
+
+    return forward
+
+
+def elu_features(m: Heads, x: Tensor) -> Tensor:
+    """Linear attention (Katharopoulos et al. 2020)."""
+    q, k, v = m.heads(x)
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return (q @ (k.mT @ v)) / (q @ k.sum(-2, keepdim=True).mT)
+
+
+def first_the_values(m: Heads, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v)) / x.shape[1]
+
+
+NO_SOFTMAX = "no softmax stands between the product of queries and keys and that with v"
+VALUES_FIRST = "keys and values are multiplied first, without a softmax (linear attention)"
+WITHOUT: dict[str, tuple[Forward, str]] = {
+    "cosine": (_of_scores(lambda s: s), NO_SOFTMAX),
+    "relu": (_of_scores(F.relu), NO_SOFTMAX),
+    "squared relu": (_of_scores(lambda s: F.relu(s) ** 2 / s.shape[-1]), NO_SOFTMAX),
+    "sigmoid": (_of_scores(lambda s: torch.sigmoid(s - 1) * (s > -0.5)), NO_SOFTMAX),
+    "decay": (_of_scores(lambda s: s * 0.9 ** torch.arange(s.shape[-1])), NO_SOFTMAX),
+    "exponentials cut late": (
+        _of_scores(lambda s: s.exp().tril() / s.exp().tril().sum(-1, keepdim=True)),
+        NO_SOFTMAX,
+    ),
+    "elu features": (elu_features, VALUES_FIRST),
+    "values first": (first_the_values, VALUES_FIRST),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_near_attention_without_a_softmax_is_named(name: str) -> None:
+    forward, reason = WITHOUT[name]
+    program = capture(Heads(forward).eval(), (torch.randn(3, 5, 8),))
+    before = str(program)
+    record = fused(program)
+    assert [decline.reason for decline in record.declined] == [reason]
+    assert not record.rewrites
+    assert str(program) == before
+
+
+def test_products_of_projections_with_other_ends_are_not_named() -> None:
     def forward(m: Heads, x: Tensor) -> Tensor:
         q, k, v = m.heads(x)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return F.relu(q @ k.mT) @ v
+        gram = q.mT @ k  # nothing of a third projection follows
+        rotated = (x @ (x.mT @ x).softmax(-1)).sum(1)  # what is rotated is no projection
+        return gram.sum() + rotated.sum() + v
 
     record = fused(capture(Heads(forward).eval(), (torch.randn(3, 5, 8),)))
     assert not record.rewrites
-    assert not record.declined
+    assert not [d for d in record.declined if d.reason in (NO_SOFTMAX, VALUES_FIRST)]
 
 
 def test_what_weighs_experts_or_channels_is_left_alone() -> None:
