@@ -75,22 +75,23 @@ class TransformerXL(nn.Module):
         memory = None
         if earlier is not None:
             with torch.no_grad():
-                _, memory = self._states(earlier, None)
+                _, memory = self._states(earlier, None, len(self.layers) - 1)
         return self.advance(ids, memory)[0]
 
     def advance(self, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """`forward`, given the memory of an earlier call (None: nothing before), and the next."""
-        x, memory = self._states(ids, memory)
+        x, memory = self._states(ids, memory, len(self.layers))
         return F.linear(self.norm(x), self.tokens.weight), memory
 
-    def _states(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """The last layer's states (B, N, d), and each layer's memory for the next segment."""
+    def _states(self, ids: Tensor, memory: Memory | None, depth: int) -> tuple[Tensor, Memory]:
+        """The states (B, N, d) of that many layers, and the memory for the next segment."""
         x = self.dropout(self.tokens(ids) * self.width**0.5)
         remembered = []
         for index, layer in enumerate(self.layers):
             context = x if memory is None else torch.cat([memory[index], x], 1)
             remembered.append(context[:, -self.memory :].detach())
-            x = layer(x, context)
+            if index < depth:  # what only fills the memory needs no last layer
+                x = layer(x, context)
         return x, tuple(remembered)
 
 

@@ -21,6 +21,8 @@ ATTEND = {
     "lstm-seq2seq",
     "minilm",
     "minilm-classifier",
+    "prose-transformer",
+    "prose-xl",
     "r8-encoder",
     "r8-minilm",
     "section-encoder",
@@ -34,6 +36,8 @@ ATTEND = {
     "whisper-tiny-encoder",
 }
 
+ADDITIVE = {"pointer-generator", "summary-lstm", "summary-rum"}  # no product of q and k: declined
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_attention_is_found(name: str) -> None:
@@ -43,6 +47,6 @@ def test_every_attention_is_found(name: str) -> None:
         model(*args, **kwargs)
     program = capture(model, args, kwargs)
     record = FuseAttention().run(program, PassContext())
-    assert not record.declined
-    assert len(attention_sites(program)) == count.total
-    assert (count.total > 0) == (name in ATTEND)
+    assert bool(record.declined) == (name in ADDITIVE)
+    assert len(attention_sites(program)) + len(record.declined) == count.total
+    assert (count.total > 0) == (name in ATTEND | ADDITIVE)
