@@ -142,7 +142,7 @@ def line(name: str, card: dict[str, Any]) -> list[str]:
     """The cells of a model."""
     recipe, headline = card["recipe"], card["headline"]
     scores = {headline: card["scores"][headline]} | card["scores"]  # the headline comes first
-    settings = {k: v for k, v in recipe["data"].items() if k not in ("train", "test")}
+    settings = {k: v for k, v in recipe["data"].items() if k not in ("train", "test", "sample")}
     seen = f"{recipe['steps']} x {recipe['batch']}"
     return [
         name,
