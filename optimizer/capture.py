@@ -338,7 +338,7 @@ def _export_known(
 
 @contextlib.contextmanager
 def _no_hooks_left() -> Iterator[None]:
-    """Remove what an export that gave up leaves: hooks on assigned buffers, which hold the model."""
+    """Remove what an export that gave up leaves: hooks on buffers, which hold the model."""
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
     try:

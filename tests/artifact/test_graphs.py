@@ -178,7 +178,7 @@ def test_an_attribute_that_is_no_tensor_is_refused_by_save(tmp_path: Path) -> No
     with program.graph.inserting_before(program.placeholders[0]):
         program.graph.get_attr("source")
     del program.graph_module.source
-    program.graph_module.source = torch.Generator()
+    program.graph_module.source = torch.Generator()  # type: ignore[assignment]
     with pytest.raises(ArtifactError, match="reads 'source', a Generator: only tensors under"):
         o.save(tmp_path / "m")
     assert not list(tmp_path.iterdir())
