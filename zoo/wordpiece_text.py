@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FIELDS = ("text",)
 VALID_TOKENS = 32_768  # the beginning of the valid split: it is scored again and again
 BATCH_TOKENS = 8192  # of a held-out batch
 CALIBRATION_ROWS = 4
+LINE = 72  # characters
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,15 @@ def _text(tokenizer: Any, texts: list[str]) -> Text:
 
 
 def _calibration(settings: Mapping[str, Any], path: Path | None, limit: int) -> list[Any]:
-    """Batches of 4 windows of a file, or of the novels that come with the zoo."""
+    """Batches of 4 windows of a file, or of the novels that come with the zoo.
+
+    A paragraph of those is one line; it is set in lines as books are, and as the corpora are.
+    """
     tokenizer = tokenization.load(settings["corpus"], FIELDS, settings["vocabulary"])
     texts = read_texts(path or DATA / "austen" / "calibration.txt")
-    ids, memory = _text(tokenizer, ["\n".join(texts)]).ids, settings.get("memory", 0)
+    if path is None:
+        texts = [textwrap.fill(text, LINE) for text in texts]
+    ids, memory = _text(tokenizer, ["\n\n".join(texts)]).ids, settings.get("memory", 0)
     windows = ids.unfold(0, memory + settings["length"], settings["length"])
     batches = [_inputs(rows, memory) for rows in windows.split(CALIBRATION_ROWS)[:limit]]
     return [inputs[0] if len(inputs) == 1 else inputs for inputs in batches]
