@@ -102,20 +102,21 @@ of which a tenth chose the weights; 2,189 of test), lower-cased, letters only. *
 section of a package by its description, 41 of them, whole source packages held out. Texts are cut
 at `length` tokens. Accuracy, higher is better, and macro F1, the mean over classes, of which the
 smallest of R8 has 10 texts in test. *Naive Bayes* (multinomial, smoothed by one) knows the same
-tokens of the same texts; the recipes `r8-bag` and `section-bag` train the mean of embeddings under a
-linear head. In `r8-minilm` the biases and the head are trained (28,808 weights of 22.6 million; what
-is trained is what ships). On R8 Yao et al. (2019, arXiv 1809.05679) report .937 for tf-idf with
-logistic regression and for an LSTM, .961 for fastText, and .971 for their graph network.
+tokens of the same texts; the recipes `r8-bag` and `section-bag` train the mean of embeddings under
+a linear head. In `r8-minilm` the biases and the head are trained (28,808 weights of 22.6 million;
+what is trained is what ships). On R8 Yao et al. (2019, arXiv 1809.05679) report .937 for tf-idf
+with logistic regression and for an LSTM, .961 for fastText, and .971 for their graph network.
 """,
     "image-classification": """
 ## Classes of images
 
 Fashion-MNIST (Xiao et al. 2017): 28 x 28 gray images of ten kinds of clothes, 60,000 to learn from,
 of which a tenth chose the weights, and 10,000 of test. Accuracy, higher is better. The recipe
-`fashion-linear` is logistic regression on pixels, trained the same way. The data set's own page lists .835 for
-people without training, .876 to .925 for two convolutional layers, .898 for XGBoost, .900 for a
-perceptron of three hidden layers and .949 for a ResNet-18 with augmentation. A Transformer has to
-learn from the data what a convolution has built in: the five passes of the reduced form are little.
+`fashion-linear` is logistic regression on pixels, trained the same way. The data set's own page
+lists .835 for people without training, .876 to .925 for two convolutional layers, .898 for XGBoost,
+.900 for a perceptron of three hidden layers and .949 for a ResNet-18 with augmentation. A
+Transformer has to learn from the data what a convolution has built in: the five passes of the
+reduced form are little.
 """,
     "recall": """
 ## Associative recall
