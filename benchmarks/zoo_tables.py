@@ -88,11 +88,13 @@ Sentences of LibreOffice's help and of Debian's package descriptions, with whole
 source packages held out; a byte-pair vocabulary that the languages share. BLEU and chrF are
 sacrebleu's (13a tokens, mixed case), from 0 to 100, higher is better, of greedy decoding of a fixed
 sample of the test split (`random.Random(0).sample`). *Copying the source* scores by the names and
-commands that are the same in both languages. With one to two passes over 60,000 short pairs, as the
+commands that are the same in both languages. With about two passes over the short pairs, as the
 reduced form has, sentences come out in the style of the manuals, right where they are formulaic,
 and with words missing or repeated where they are not. Systems trained on millions of pairs do far
 better: `fxpress zoo eval bergamot-en-pt` scores one on the Portuguese form of this data (which may
-be among what it was trained on).
+be among what it was trained on). The Transformer kept the settings that it was first tried with;
+the LSTM's width, learning rate and the scale of its output were looked for, by the loss on the
+valid split.
 """,
     "classification": """
 ## Classes of texts
@@ -104,8 +106,9 @@ at `length` tokens. Accuracy, higher is better, and macro F1, the mean over clas
 smallest of R8 has 10 texts in test. *Naive Bayes* (multinomial, smoothed by one) knows the same
 tokens of the same texts; the recipes `r8-bag` and `section-bag` train the mean of embeddings under
 a linear head. In `r8-minilm` the biases and the head are trained (28,808 weights of 22.6 million;
-what is trained is what ships). On R8 Yao et al. (2019, arXiv 1809.05679) report .937 for tf-idf
-with logistic regression and for an LSTM, .961 for fastText, and .971 for their graph network.
+what is trained is what ships). In an earlier trial of ours a mean of embeddings of 20,000 whole
+words, 64 wide and not tuned, scored .966 on R8 and .773 on the sections: what is said in these
+texts needs little of their order, and the models here are no better than that.
 """,
     "image-classification": """
 ## Classes of images
