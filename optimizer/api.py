@@ -14,7 +14,7 @@ from torch import nn
 
 import fxpress.kernels  # noqa: F401  (registers the lowerings)
 from fxpress import calibration
-from fxpress.capture import frozen
+from fxpress.capture import check_module, frozen
 from fxpress.config import OptimizeConfig
 from fxpress.errors import PlanError
 from fxpress.facts import report_of
@@ -86,6 +86,7 @@ def optimize(
         CalibrationError: data that is empty, malformed, or does not fit the model.
         CaptureError: no part of the model can be captured.
     """
+    check_module(model)
     passes = all_passes()
     settings = OptimizeConfig.of(config, passes, model)
     _check_choice("objective", objective, OBJECTIVES)

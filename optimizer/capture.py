@@ -29,7 +29,7 @@ from fxpress.program import Program, alias_parameter, source_line
 from fxpress.signature import Signature
 from fxpress.verify import mutates, verify
 
-__all__ = ["Call", "capture", "capture_calls", "frozen", "kept_buffers"]
+__all__ = ["Call", "capture", "capture_calls", "check_module", "frozen", "kept_buffers"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
@@ -62,6 +62,7 @@ def capture(
             the source line. `fxpress.optimize` and `fxpress.explain` then work on the largest
             parts that can.
     """
+    check_module(model)
     register_containers((args, kwargs))
     args, kwargs = _on_meta(model, (tuple(args), dict(kwargs or {})))
     try:
@@ -77,6 +78,20 @@ def capture(
     program.untrainable = _why_untrainable(functions)
     verify(program)
     return program
+
+
+def check_module(model: Any) -> None:
+    """Check that a model is a module of Python.
+
+    Raises:
+        CaptureError: it is none; the message says what to give instead.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        name = "TorchScript holds no Python to capture"
+        raise CaptureError(f"{name}: give the nn.Module that it was made from")
+    if not isinstance(model, nn.Module):
+        what = f"a model is an nn.Module, not {type(model).__name__}"
+        raise CaptureError(f"{what}: call a function in the forward of a module")
 
 
 def capture_calls(model: nn.Module, calls: Sequence[Call]) -> Program:

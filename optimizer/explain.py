@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxpress.capture import frozen
+from fxpress.capture import check_module, frozen
 from fxpress.config import OptimizeConfig
 from fxpress.cost import Hardware, attention_work, hardware_of, sparse_attention_work
 from fxpress.modelled import RECURRENCES, modelled_ms, sizes
@@ -182,6 +182,7 @@ def explain(
     Raises:
         CaptureError: no part of the model can be captured.
     """
+    check_module(model)
     with frozen(model):
         captured = capture_model(model, [(tuple(args), dict(kwargs or {}))])
     found = Explanation(regions=captured.as_dicts())

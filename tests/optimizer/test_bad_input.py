@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fxpress
 from fxpress.cli import main
-from fxpress.errors import CalibrationError, FxpressError, PlanError
+from fxpress.errors import CalibrationError, CaptureError, FxpressError, PlanError
 
 
 class Raises(nn.Module):
@@ -55,6 +55,21 @@ def test_bad_calibration_data(data: Any, message: str) -> None:
 def test_a_model_that_raises() -> None:
     with pytest.raises(CalibrationError, match="the weights have gone missing"):
         fxpress.optimize(Raises(), batches())
+
+
+# Tracing warns that TorchScript is deprecated, but people have such files.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [True, False])
+def test_what_is_no_module_of_python(scripted: bool) -> None:
+    model: Any = torch.jit.script(torch.nn.ReLU()) if scripted else torch.relu
+    reason = "give the nn.Module that it was made from" if scripted else "a model is an nn.Module"
+    for use in (
+        lambda: fxpress.optimize(model, batches()),
+        lambda: fxpress.explain(model, (batches()[0],)),
+        lambda: fxpress.capture(model, (batches()[0],)),
+    ):
+        with pytest.raises(CaptureError, match=reason):
+            use()
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
