@@ -48,6 +48,7 @@ class PlanContext:
         device: type of the device that the model will run on.
         objective: what is to fall: `"latency"` or `"memory"`.
         forced: whether what the settings state is applied at any cost, as `judge="off"` asks.
+        exact: whether the budget allows no change of the outputs, not even of their rounding.
         progress: told of the profiling.
         record: receives refusals and what was profiled.
     """
@@ -60,6 +61,7 @@ class PlanContext:
     device: str = "cpu"
     objective: str = "latency"
     forced: bool = False
+    exact: bool = False
     progress: Progress = field(default_factory=Progress)
 
 

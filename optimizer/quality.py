@@ -117,6 +117,11 @@ class Quality:
         quality.metric = "KL divergence of logits (nats)" if logits else "relative RMS of outputs"
         return quality
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether outputs may not change at all; a score may stay where outputs change."""
+        return self.validation_fn is None and self.budget == 0
+
     def drop(self, module: nn.Module) -> float:
         """How much worse a module is: score lost, or mean divergence on the held-out calls."""
         if self.validation_fn is not None:

@@ -153,6 +153,7 @@ class Run:
                 device=self.device.type,
                 objective=self.objective,
                 forced=self.judge is not None and self.judge.mode == "off",
+                exact=self.quality is not None and self.quality.is_exact,
                 progress=self.progress,
             )
         )

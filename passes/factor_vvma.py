@@ -47,6 +47,7 @@ _ACTIVATIONS: dict[Any, str] = {
 }
 _KEYS = {True: ("core", "vectors"), False: ("down", "up")}  # by whether the form is vvma
 _RULES = ("factor-vvma", FACTORED_BANK)
+_NO_ROOM = "max_divergence=0 allows no rounding: no factored map answers bit for bit as its weight"
 _GELU: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -91,8 +92,12 @@ class FactorVvma(PlannedPass):
         stated = [config.is_stated for config in configs.values()]
         if any(stated) and not all(stated):
             raise PassError("factor-vvma: give terms= or rank= for all modules, or for none")
+        reason = ""
         if ctx.forced and not any(stated):
             reason = "judge='off' applies what the configuration states: no terms= or rank="
+        elif ctx.exact:
+            reason = _NO_ROOM
+        if reason:
             ctx.record.declined += [Decline(reason, site.node, site.name) for _, site in sites]
             return []
         return propose_forms(ctx, sites, configs, hardware_of(_device(sites[0][0])))
