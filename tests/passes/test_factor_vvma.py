@@ -174,6 +174,24 @@ def test_nothing_is_applied_unless_stated_when_nothing_is_judged() -> None:
     assert "judge='off'" in o.passes["factor-vvma"].declined[0].reason
 
 
+@pytest.mark.parametrize("config", [{}, {"rank": 8}])
+def test_no_room_for_rounding_is_refused_before_anything_is_fitted(config: dict[str, Any]) -> None:
+    steps: list[str] = []
+    wish = {"factor-vvma": config, "prune-attention": False}
+    o = fxpress.optimize(
+        layer(),
+        batches(),
+        config=wish,
+        max_divergence=0.0,
+        progress=lambda title, *_: steps.append(title),
+    )
+    assert {d.reason for d in o.passes["factor-vvma"].declined} == {
+        "max_divergence=0 allows no rounding: no factored map answers bit for bit as its weight"
+    }
+    assert len(o.passes["factor-vvma"].declined) == 4
+    assert not [s for s in steps if s.startswith(("profile", "fit", "what each form"))]
+
+
 def test_stated_for_some_modules_only_is_refused() -> None:
     wish = {"*up": {"factor-vvma": {"rank": 4}}}
     with pytest.raises(PassError, match="for all modules, or for none"):
