@@ -89,11 +89,29 @@ def collect(
 
 
 def _split(calls: list[Call]) -> tuple[list[Call], list[Call]]:
-    """Every fifth call is held out, spread over the whole: ordered data is judged fairly."""
+    """Every fifth call is held out, spread over the whole: ordered data is judged fairly.
+
+    The largest of each size is learned from: what is learned, such as a mask, reaches that far.
+    """
     wanted = max(len(calls) // 5, 2 if len(calls) >= 4 else 1)
     chosen = {len(calls) - 1 - (i * len(calls)) // wanted for i in range(wanted)}
+    largest = _largest(calls, chosen)
+    for index in sorted(chosen & largest):
+        others = set(range(len(calls))) - chosen - largest
+        if others:
+            nearest = min(others, key=lambda other: (abs(other - index), other))
+            chosen = chosen - {index} | {nearest}
     profile = [call for i, call in enumerate(calls) if i not in chosen]
     return profile, [calls[i] for i in sorted(chosen)]
+
+
+def _largest(calls: Sequence[Call], last: set[int]) -> set[int]:
+    """For each size that differs between calls one that has the largest, those of `last` last."""
+    tensors = [[x for x in pytree.tree_leaves(call) if isinstance(x, Tensor)] for call in calls]
+    shapes = [[size for tensor in row for size in tensor.shape] for row in tensors]
+    order = sorted(range(len(calls)), key=lambda index: (index in last, index))
+    columns = [column for column in zip(*shapes, strict=False) if len(set(column)) > 1]
+    return {max(order, key=lambda index: column[index]) for column in columns}
 
 
 def _calls(

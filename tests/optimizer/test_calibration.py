@@ -128,6 +128,16 @@ def test_every_fifth_batch_is_held_out() -> None:
     assert (len(data.profile), len(data.heldout)) == (16, 4)
 
 
+@pytest.mark.parametrize("lengths", [(3, 5), (3, 4, 5, 6), (6, 6, 5, 3, 7), (2, 3, 9, 4, 8, 1)])
+def test_the_longest_batch_is_learned_from(lengths: tuple[int, ...]) -> None:
+    batches = [torch.randn(2, length, 4) for length in lengths]
+    data = collect(torch.nn.ReLU(), batches)
+    profiled, held = ([x.shape[1] for (x,), _ in part] for part in (data.profile, data.heldout))
+    assert max(lengths) in profiled
+    assert sorted(profiled + held) == sorted(lengths)
+    assert len(held) == (2 if len(lengths) > 3 else 1)
+
+
 def broken(model: nn.Module) -> None:
     raise OSError("the disk is gone")
 
