@@ -144,6 +144,17 @@ def test_gradients_reach_the_factors() -> None:
     assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
 
 
+@pytest.mark.parametrize("config", [{"rank": 8}, {"block": 32, "terms": 1}])
+def test_training_the_factors_leaves_the_plan_as_it_is(config: dict[str, Any]) -> None:
+    o = run(layer(), **config)
+    plan, before = o.plan.to_json(), o(batches()[0])
+    optimizer = torch.optim.SGD(o.parameters(), 0.1)
+    o(batches()[0]).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(o(batches()[0]), before)
+    assert o.plan.to_json() == plan
+
+
 def test_what_is_not_cheaper_is_declined_with_the_arithmetic() -> None:
     o = run(layer(), "modelled", block=32, terms=16)
     reasons = {d.site: d.reason for d in o.passes["factor-vvma"].declined}
