@@ -18,12 +18,12 @@ from fxpress.passes.dataflow import CASTS, argument, is_noop, peel
 from fxpress.program import captured
 from fxpress.rewrite import Decline
 
-__all__ = ["Softmax", "divided_late", "is_cast", "softmax_of"]
+__all__ = ["LOG_SOFTMAX", "SOFTMAX", "Softmax", "divided_late", "is_cast", "softmax_of"]
 
 aten = torch.ops.aten
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 _MAXIMUM = (aten.amax.default, aten.max.dim)
 _CUTS = (
     aten.mul.Tensor,
@@ -64,7 +64,7 @@ def softmax_of(node: fx.Node) -> Softmax | Decline | None:
     """The softmax that a node computes; Decline where its sum has something added."""
     if node.op != "call_function":
         return None
-    if node.target in _SOFTMAX:
+    if node.target in SOFTMAX:
         return _along(node, node.args[0], node.args[1])
     if node.target is aten.exp.default:
         return _exponential(node)
@@ -87,7 +87,7 @@ def _exponential(node: fx.Node) -> Softmax | None:
     """exp(log_softmax(x)), exp(x - logsumexp(x))."""
     inner = node.args[0]
     assert isinstance(inner, fx.Node)
-    if inner.target in _LOG_SOFTMAX:
+    if inner.target in LOG_SOFTMAX:
         return _along(node, inner.args[0], inner.args[1])
     if inner.target is not aten.sub.Tensor or inner.kwargs:
         return None

@@ -17,6 +17,7 @@ from torch import fx
 
 from fxpress.passes.dataflow import RESHAPES, peel
 from fxpress.passes.products import Product, product
+from fxpress.passes.softmax import LOG_SOFTMAX, SOFTMAX
 from fxpress.passes.views import VIEWS
 from fxpress.rewrite import Decline
 
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 _FAR = 24  # operations that are looked at behind an operand
 _WEIGHTED = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
-_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.log_softmax.int}
+_SOFTMAX = (*SOFTMAX, *LOG_SOFTMAX)
 _MOVES = {
     *RESHAPES,
     *VIEWS,

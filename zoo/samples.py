@@ -32,22 +32,12 @@ def read_texts(path: Path) -> list[str]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise CalibrationError(f"{path}: give a .txt file (one paragraph a line) or a .jsonl file")
-    try:
-        lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
-        texts = [_text(x) for x in lines] if path.suffix == ".jsonl" else lines
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f'{path} is not one object with a string "text" a line, in UTF-8: {error}'
-        ) from error
+    if path.suffix == ".jsonl":
+        return [row["text"] for row in _rows(path, ("text",), 'a string "text"', "text")]
+    texts = _lines(path)
     if not texts:
         raise CalibrationError(f"{path} holds no text")
     return texts
-
-
-def _text(line: str) -> str:
-    return _string(json.loads(line), "text")
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -59,18 +49,31 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     wanted = " and ".join(f'"{field}"' for field in fields)
     if path.suffix != ".jsonl":
         raise CalibrationError(f"{path}: give a .jsonl file with {wanted} a line")
+    return _rows(path, fields, wanted, "row")
+
+
+def _rows(path: Path, fields: Sequence[str], wanted: str, what: str) -> list[dict[str, str]]:
+    """The rows of a .jsonl file; `wanted` and `what` are a row's content and its name in errors."""
     try:
-        lines = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+        lines = [json.loads(x) for x in _lines(path)]
         rows = [{field: _string(line, field) for field in fields} for line in lines]
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path} is not one object with {wanted} a line, in UTF-8: {error}"
         ) from error
     if not rows:
-        raise CalibrationError(f"{path} holds no row")
+        raise CalibrationError(f"{path} holds no {what}")
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        return [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def _string(row: dict[str, Any], field: str) -> str:

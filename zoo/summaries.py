@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.decoding import beam_search, greedy
@@ -97,11 +97,9 @@ def summaries(
         },
         "rouge_1",
         {"lead sentence": rouge([lead(text) for text in texts], meant)["rouge_1"]},
-        sha256_of(*(_flat(pairs) for pairs in (train, *held_out.values()))),
+        sha256_of(*(pairs.flat() for pairs in (train, *held_out.values()))),
         decoded,
-        {
-            tokenization.file_name(corpus, FIELDS, vocabulary): _tokenizer(settings).to_str(),
-        },
+        tokenization.beside(corpus, FIELDS, vocabulary),
     )
 
 
@@ -158,10 +156,3 @@ def _pairs(rows: Any, settings: Mapping[str, Any]) -> Pairs:
         for field, side in zip(FIELDS, ("source", "target"), strict=True)
     )
     return Pairs(texts, meant)
-
-
-def _flat(pairs: Pairs) -> Tensor:
-    """All pieces in one row; ends tell texts apart."""
-    return torch.tensor(
-        [piece for side in (pairs.source, pairs.target) for x in side for piece in x]
-    )

@@ -85,6 +85,11 @@ def file_name(corpus: str, fields: tuple[str, ...], vocabulary: int) -> str:
     return name.replace(":", "-").replace("/", "-") + SUFFIX
 
 
+def beside(corpus: str, fields: tuple[str, ...], vocabulary: int) -> dict[str, str]:
+    """The tokenizer, of what `load` takes, as a file to write beside weights."""
+    return {file_name(corpus, fields, vocabulary): load(corpus, fields, vocabulary).to_str()}
+
+
 def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     """The tokens of each text, `END` the last."""
     return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fxpress.zoo.pretrained import Package, PretrainedError, fetch, require
+from fxpress.zoo.pretrained import Package, PretrainedError, fetch, refuse_sizes, require
 
 __all__ = ["TransformersModel"]
 
@@ -45,10 +45,8 @@ class TransformersModel:
         import transformers
 
         kind = getattr(transformers, self.class_name)
-        if pretrained and sizes:
-            fixed = ", ".join(sorted(sizes))
-            raise PretrainedError(f"the trained weights fix the sizes: drop {fixed}")
         if pretrained:
+            refuse_sizes(sizes)
             return kind.from_pretrained(
                 self._folder(), attn_implementation=attn_implementation, local_files_only=True
             ).eval()

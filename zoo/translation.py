@@ -48,6 +48,10 @@ class Pairs:
         order = self.by_length(range(len(self.source)))
         return [self.batch(order[i : i + rows]) for i in range(0, len(order), rows)]
 
+    def flat(self) -> Tensor:
+        """All tokens in one row; ends tell texts apart."""
+        return torch.tensor([token for x in (*self.source, *self.target) for token in x])
+
 
 def _calibration(settings: Mapping[str, Any], path: Path | None, limit: int) -> list[Any]:
     """Batches of 4 pairs of a .jsonl file; without one, of sentences that come with the zoo.
@@ -117,9 +121,9 @@ def translation(
         lambda loss, accuracy: {"perplexity_per_token": math.exp(loss), "accuracy": accuracy},
         "bleu",
         {"copying the source": bleu_chrf(sources, references)["bleu"]},
-        sha256_of(*(_flat(pairs) for pairs in (train, *held_out.values()))),
+        sha256_of(*(pairs.flat() for pairs in (train, *held_out.values()))),
         decoded,
-        {tokenization.file_name(corpus, tuple(languages), vocabulary): words.to_str()},
+        tokenization.beside(corpus, tuple(languages), vocabulary),
     )
 
 
@@ -180,10 +184,3 @@ def _pairs(rows: Any, settings: Mapping[str, Any], longest: int | None = None) -
         if longest is None or max(len(x), len(y)) <= longest
     ]
     return Pairs([x for x, _ in kept], [y for _, y in kept])
-
-
-def _flat(pairs: Pairs) -> Tensor:
-    """All tokens in one row; ends tell sentences apart."""
-    return torch.tensor(
-        [token for side in (pairs.source, pairs.target) for x in side for token in x]
-    )

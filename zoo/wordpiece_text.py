@@ -113,7 +113,7 @@ def wordpiece_text(
             },
         },
         sha256_of(known.ids, valid.ids, test.ids),
-        beside={tokenization.file_name(corpus, FIELDS, vocabulary): tokenizer.to_str()},
+        beside=tokenization.beside(corpus, FIELDS, vocabulary),
     )
 
 
