@@ -14,7 +14,14 @@ from torch.utils import _pytree as pytree
 from fxpress.capture import Call
 from fxpress.errors import CalibrationError, PlanError
 
-__all__ = ["Quality", "divergence", "float_outputs", "kl_divergence", "logit_outputs"]
+__all__ = [
+    "Quality",
+    "References",
+    "divergence",
+    "float_outputs",
+    "kl_divergence",
+    "logit_outputs",
+]
 
 _CACHE_BYTES = 1 << 30
 _DEFAULT_RMS = {torch.float64: 0.02, torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.05}
@@ -60,6 +67,28 @@ def _relative_rms(reference: Tensor, candidate: Tensor) -> float:
 
 
 @dataclass
+class References:
+    """Outputs of a model on calls, by their index; kept while they fit into memory together."""
+
+    model: nn.Module
+    calls: Sequence[Call]
+    _kept: dict[int, Any] = field(default_factory=dict, repr=False)
+    _bytes: int = 0
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self._kept:
+            return self._kept[index]
+        args, kwargs = self.calls[index]
+        with torch.no_grad():
+            output = self.model(*args, **kwargs)
+        size = sum(t.nbytes for t in float_outputs(output))
+        if self._bytes + size <= _CACHE_BYTES:
+            self._kept[index] = output
+            self._bytes += size
+        return output
+
+
+@dataclass
 class Quality:
     """The budget and its measure.
 
@@ -81,7 +110,9 @@ class Quality:
     budget: float
     metric: str = ""
     before: float = 0.0
-    _references: list[Any] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self._references = References(self.model, self.calls)
 
     @staticmethod
     def of(
@@ -109,7 +140,7 @@ class Quality:
             quality.before = quality.score(model)
             return quality
         quality = Quality(model, calls, None, 0.0)
-        output = quality._reference(0)
+        output = quality._references[0]
         logits = bool(logit_outputs(output))
         dtype = float_outputs(output)[0].dtype if float_outputs(output) else torch.float32
         default = (_DEFAULT_KL if logits else _DEFAULT_RMS)[dtype]
@@ -129,7 +160,7 @@ class Quality:
         with torch.no_grad():
             total = 0.0
             for index, (args, kwargs) in enumerate(self.calls):
-                total += divergence(self._reference(index), module(*args, **kwargs))
+                total += divergence(self._references[index], module(*args, **kwargs))
         return total / len(self.calls)
 
     def score(self, module: nn.Module) -> float:
@@ -146,19 +177,6 @@ class Quality:
         if not math.isfinite(value):
             raise CalibrationError(f"validation_fn gave {value}: it must give a finite number")
         return value
-
-    def _reference(self, index: int) -> Any:
-        """Output of the original; kept while it fits into the cache."""
-        if index < len(self._references):
-            return self._references[index]
-        args, kwargs = self.calls[index]
-        with torch.no_grad():
-            output = self.model(*args, **kwargs)
-        size = sum(t.nbytes for t in float_outputs(output))
-        kept = sum(t.nbytes for o in self._references for t in float_outputs(o))
-        if index == len(self._references) and kept + size <= _CACHE_BYTES:
-            self._references.append(output)
-        return output
 
 
 def _check_budget(name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fxpress.capture import Call
 from fxpress.errors import PlanError
 from fxpress.progress import Progress
-from fxpress.quality import float_outputs, kl_divergence, logit_outputs
+from fxpress.quality import References, float_outputs, kl_divergence, logit_outputs
 
 __all__ = ["RecoverConfig", "Recovery", "distill"]
 
@@ -100,7 +100,7 @@ def _loss(reference: Any, candidate: Any) -> Tensor:
 class _Trainer:
     """Adam on float32 copies of some parameters, so that half precision trains too."""
 
-    original: nn.Module
+    answers: References
     candidate: nn.Module
     parameters: Sequence[Tensor]
     rate: float
@@ -111,13 +111,12 @@ class _Trainer:
         groups = [{"params": [m], "lr": r} for m, r in zip(self.masters, self.rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups)
 
-    def loss(self, call: Call) -> Tensor:
-        args, kwargs = call
-        with torch.no_grad():
-            reference = self.original(*args, **kwargs)
-        return _loss(reference, self.candidate(*args, **kwargs))
+    def loss(self, index: int) -> Tensor:
+        """Of one batch, whose answer by the original is computed once."""
+        args, kwargs = self.answers.calls[index]
+        return _loss(self.answers[index], self.candidate(*args, **kwargs))
 
-    def step(self, call: Call, left: float) -> float:
+    def step(self, index: int, left: float) -> float:
         """One batch, at rates that fall with the share of the training that is left.
 
         Gradients are asked for these parameters only: no other is touched.
@@ -125,7 +124,7 @@ class _Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * left
         with torch.enable_grad():
-            loss = self.loss(call)
+            loss = self.loss(index)
             gradients = torch.autograd.grad(loss, list(self.parameters))
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient.float()
@@ -169,16 +168,17 @@ def distill(
     """
     start = clock()
     recovery = Recovery(strength)
-    held = list(calls[4::5]) or list(calls[-1:])
-    trained = [call for i, call in enumerate(calls) if i % 5 != 4] or list(calls)
-    trainer = _Trainer(original, candidate, parameters, settings.rate)
+    every = range(len(calls))
+    held = every[4::5] or every[-1:]
+    trained = [i for i in every if i % 5 != 4]
+    trainer = _Trainer(References(original, calls), candidate, parameters, settings.rate)
     generator = torch.Generator().manual_seed(seed)
     best = [master.clone() for master in trainer.masters]
 
     def check() -> bool:
         """Look at the held-out batches; False when patience is out."""
         with torch.no_grad():
-            loss = float(torch.stack([trainer.loss(call) for call in held]).mean())
+            loss = float(torch.stack([trainer.loss(index) for index in held]).mean())
         if not recovery.checks or loss < min(value for _, value in recovery.checks):
             recovery.best = len(recovery.losses)
             best[:] = [master.clone() for master in trainer.masters]
@@ -187,7 +187,7 @@ def distill(
         return since < settings.patience
 
     def too_slow() -> bool:
-        """Whether too few steps fit, told by one run of both models: a step takes three of them."""
+        """Whether too few steps fit, told by one run of both models: a step takes two at most."""
         begin = clock()
         with torch.no_grad():
             trainer.loss(held[0])

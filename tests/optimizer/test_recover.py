@@ -74,6 +74,21 @@ def test_the_same_seed_gives_the_same_tensors() -> None:
     assert torch.equal(first(one).weight, first(two).weight)
 
 
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_the_original_answers_each_batch_once_where_its_answers_fit(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wide()
+    losses = train(model, damaged(model), steps=12, check_every=6).losses
+    answered: list[int] = []
+    model.register_forward_hook(lambda _, args, output: answered.append(args[0].data_ptr()))
+    monkeypatch.setattr("fxpress.quality._CACHE_BYTES", room)
+    candidate = damaged(wide())
+    assert train(model, candidate, steps=12, check_every=6).losses == losses
+    looks = 4  # before, twice in 12 steps, and after: at 4 of the 20 batches each
+    assert len(answered) == (len(set(answered)) if room else 12 + 4 * looks + 1)
+
+
 def test_half_precision_trains_on_float32_copies() -> None:
     model = wide().bfloat16()
     data = [((call[0][0].bfloat16(),), call[1]) for call in calls()]
