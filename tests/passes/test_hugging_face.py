@@ -5,8 +5,6 @@ How many there are is counted in an eager run, which knows nothing of graphs.
 
 from __future__ import annotations
 
-import gc
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +22,7 @@ from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
 from tests.passes.architectures import ARCHITECTURES, Architecture, tokens
 from tests.passes.attention_count import AttentionCount
+from tests.turns import seconds_in_turns
 
 
 def fused(program: Program) -> tuple[int, list[str]]:
@@ -96,25 +95,15 @@ def test_attention_of_a_model_that_looks_at_its_data_is_found_in_regions() -> No
 
 @pytest.mark.timing
 def test_time_is_linear_in_depth() -> None:
-    """Processor time of canonicalizing, at best of seven that take turns."""
-    programs = {depth: _llama(depth) for depth in (24, 48)}
-    seconds: dict[int, list[float]] = {depth: [] for depth in programs}
-    gc.freeze()  # what other tests left is not ours to look through
-    for _ in range(7):
-        for depth, program in programs.items():
-            seconds[depth].append(_canonicalized(program.copy()))
-    gc.unfreeze()
-    assert min(seconds[48]) < 10
-    assert min(seconds[48]) <= 2.2 * min(seconds[24])
+    def canonicalize(program: Program) -> None:
+        for kind in (FuseAttention, NormalizeLinear):
+            kind().run(program, PassContext())
+
+    seconds = seconds_in_turns({depth: _llama(depth) for depth in (24, 48)}, canonicalize)
+    assert seconds[48] < 10
+    assert seconds[48] <= 2.2 * seconds[24]
 
 
 def _llama(depth: int) -> Program:
     architecture = replace(ARCHITECTURES["Llama"], sizes={"num_hidden_layers": depth})
     return capture(architecture.build("eager"), kwargs=architecture.call())
-
-
-def _canonicalized(program: Program) -> float:
-    start = time.process_time()
-    for kind in (FuseAttention, NormalizeLinear):
-        kind().run(program, PassContext())
-    return time.process_time() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fxpress.program import Program
 from fxpress.rewrite import PassContext, PassRecord
 from fxpress.testing import assert_equivalent
 from fxpress.verify import verify
+from tests.turns import seconds_in_turns
 
 B, D, T = 2, 4, 5
 
@@ -452,20 +452,14 @@ def test_drawn_cells(
 
 @pytest.mark.timing
 def test_512_steps_take_seconds_and_twice_the_steps_twice_the_time() -> None:
-    def seconds(steps: int) -> float:
-        captured = capture(Loop(forwards), (torch.randn(B, steps, D),))
-        taken = []
-        for _ in range(3):
-            program = captured.copy()
-            start = time.perf_counter()
-            RollRecurrence().run(program, PassContext())
-            taken.append(time.perf_counter() - start)
-            assert steps_of(program) == [steps]
-        return min(taken)
+    def roll(program: Program) -> None:
+        RollRecurrence().run(program, PassContext())
+        assert steps_of(program) in ([256], [512])
 
-    half, whole = seconds(256), seconds(512)
-    assert whole < 5
-    assert whole < 3 * half
+    programs = {n: capture(Loop(forwards), (torch.randn(B, n, D),)) for n in (256, 512)}
+    seconds = seconds_in_turns(programs, roll)
+    assert seconds[512] < 5
+    assert seconds[512] < 3 * seconds[256]
 
 
 # Lengths -----------------------------------------------------------------------------------------
