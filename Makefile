@@ -33,12 +33,13 @@ help: ## list the targets
 demo: $(DEMO_READY) ## optimize a pretrained model on real text, on CPU; leaves demo/report.html
 	$(PYTHON) -m fxpress.zoo.demo
 
-# What times something, or loads a large model, runs with nothing beside it. Triton's interpreter
-# has to be chosen before Triton is imported: a process of its own.
+# What times something runs with nothing beside it. Triton's interpreter has to be chosen before
+# Triton is imported: a process of its own. Large models take up to 5 GB a worker (WORKERS=1 helps).
 test: $(DEV_READY) ## run the tests that need no GPU
 	$(PYTEST) -n $(WORKERS) -m "not gpu and not timing and not pretrained"
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/kernels_interpreter $(OR_NONE)
-	$(PYTEST) -m "(timing or pretrained) and not gpu" $(OR_NONE)
+	$(PYTEST) -n $(WORKERS) -m "pretrained and not gpu" $(OR_NONE)
+	$(PYTEST) -m "timing and not gpu" $(OR_NONE)
 
 check: $(DEV_READY) types ## check format, lint, types and documentation
 	$(PYTHON) -m ruff format --check .
@@ -72,8 +73,8 @@ $(PYTHON):
 # setuptools first, since the build runs without isolation; torch first, so that the pinned version
 # and no other is resolved.
 define install
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt setuptools wheel torch
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(1)]'
+	$(PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt setuptools wheel torch
+	$(PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[$(1)]'
 	touch $@
 endef
 

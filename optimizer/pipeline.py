@@ -92,6 +92,8 @@ class Pipeline:
         record = PassRecord(kind.name, kind.exactness, before=captured.snapshot())
         for path, program in captured.programs.items():
             record.merge(self._run_region(kind, path, program, decisions or {}))
+            if self.verify_each:
+                verify(program, kind.name, record.before.programs[path])
         record.after = captured.snapshot()
         self._dump(record)
         return record
@@ -106,7 +108,6 @@ class Pipeline:
             fuel=self.fuel,
             enabled=self._enabled(kind.name, path),
         )
-        before = program.copy()
         start = time.perf_counter()
         try:
             for shorter in program.shorter if kind.phase == "canonicalize" else ():
@@ -118,8 +119,6 @@ class Pipeline:
             where = f" in region {path}" if path else ""
             raise PassError(f"{kind.name}{where} raised {type(error).__name__}: {error}") from error
         record.seconds = time.perf_counter() - start
-        if self.verify_each:
-            verify(program, kind.name, before)
         return record
 
     def _enabled(self, name: str, region: str) -> Callable[[str], bool]:

@@ -14,7 +14,9 @@ from fxpress.zoo import registry
 from fxpress.zoo.pretrained import DownloadError
 from fxpress.zoo.trained import SHIPPED, load_card
 
-__all__ = ["NAMES", "build", "marked", "sample"]
+__all__ = ["BRIEF", "NAMES", "build", "marked", "sample"]
+
+BRIEF = {"recover": {"steps": 40}}  # of 300: what training reaches is no matter of these tests
 
 
 def _is_downloaded(name: str) -> bool:

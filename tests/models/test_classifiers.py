@@ -9,7 +9,7 @@ import torch
 
 import fxpress
 from fxpress.zoo.registry import entry
-from tests.models.samples import build, marked
+from tests.models.samples import BRIEF, build, marked
 
 TRAINED = ["fashion-vit", "r8-encoder", "r8-minilm", "section-encoder"]
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
@@ -27,7 +27,7 @@ def test_optimized_classifiers_say_the_same(name: str) -> None:
     model, batches = build(name), entry(name).calibration(limit=5)
     before = said(model, batches)
     assert len(set(before)) > 2  # it tells the samples apart
-    optimized = fxpress.optimize(model, batches)
+    optimized = fxpress.optimize(model, batches, config=BRIEF)
     assert optimized.report.as_dict()["sites"]
     after = said(optimized, batches)
     agreed = sum(x == y for x, y in zip(before, after, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -28,14 +28,6 @@ SITES = {
     "whisper-tiny-encoder": {"self": 4},
 }
 NAMES = sorted(SITES)
-
-
-@pytest.fixture(autouse=True)
-def _both_cores() -> Iterator[None]:
-    """These tests run with nothing beside them, and their models are large."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def prose() -> list[str]:

@@ -13,7 +13,7 @@ from fxpress.testing import APPROXIMATES, assert_equivalent
 from fxpress.zoo import summaries, tokenization
 from fxpress.zoo.registry import entry
 from fxpress.zoo.samples import DATA, read_rows
-from tests.models.samples import build
+from tests.models.samples import BRIEF, build
 
 ATTENTION = {
     "prose-transformer": {"causal"},
@@ -29,7 +29,7 @@ def test_optimized_models_say_nearly_the_same(name: str) -> None:
     # They lie in the order of their lengths: the one held out is neither longest nor shortest.
     longest, held_out, shortest = entry(name).calibration(limit=3)
     model = build(name)
-    o = fxpress.optimize(model, [longest, shortest])
+    o = fxpress.optimize(model, [longest, shortest], config=BRIEF)
     report = o.report.as_dict()
     assert report["sites"]
     args, kwargs = as_call(held_out)

@@ -6,12 +6,11 @@ for a second run; and the same text whenever it runs on the same program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,13 +24,19 @@ from tests.passes.programs import Drawn, programs
 
 PASSES = list(all_passes().values())
 
-each_pass = pytest.mark.parametrize("kind", PASSES, ids=[kind.name for kind in PASSES])
 # No phase that explains: it traces every line, which takes minutes where a capture takes a second.
 few = settings(
-    max_examples=10,
+    max_examples=12,
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
+
+
+def each_pass(captured: Program) -> Iterator[tuple[type[Pass], Program]]:
+    """Every pass with a copy of the program: one capture serves them all."""
+    for kind in PASSES:
+        note(kind.name)  # said where it fails
+        yield kind, captured.copy()
 
 
 def apply(kind: type[Pass], program: Program) -> PassRecord:
@@ -40,55 +45,50 @@ def apply(kind: type[Pass], program: Program) -> PassRecord:
     return kind().run(program, PassContext(config=config))
 
 
-@each_pass
 @given(drawn=programs())
 @few
-def test_the_program_stays_valid(kind: type[Pass], drawn: Drawn) -> None:
-    model, call = drawn.build()
-    program = capture(model, call)
-    before = program.copy()
-    apply(kind, program)
-    verify(program, kind.name, before)
+def test_the_program_stays_valid(drawn: Drawn) -> None:
+    captured = capture(*drawn.build())
+    for kind, program in each_pass(captured):
+        apply(kind, program)
+        verify(program, kind.name, captured)
 
 
-@each_pass
 @given(drawn=programs())
 @few
-def test_outputs_and_gradients_are_kept(kind: type[Pass], drawn: Drawn) -> None:
+def test_outputs_and_gradients_are_kept(drawn: Drawn) -> None:
     model, call = drawn.build()
-    program = capture(model, call)
-    captured = program.copy()
-    apply(kind, program)
-    reference: Any = model
-    loosely = kind.exactness
-    if kind.exactness is BITWISE:
-        # Outputs bit for bit those of the capture, which itself reassociates; as do gradients.
-        reference, loosely = captured, REASSOCIATES
-    assert_equivalent(program, reference, call, exactness=kind.exactness)
-    assert_equivalent(gradients_of(program, model), Gradients(model), call, exactness=loosely)
+    captured = capture(model, call)
+    for kind, program in each_pass(captured):
+        apply(kind, program)
+        reference: Any = model
+        loosely = kind.exactness
+        if kind.exactness is BITWISE:
+            # Outputs bit for bit those of the capture, which itself reassociates; as do gradients.
+            reference, loosely = captured, REASSOCIATES
+        assert_equivalent(program, reference, call, exactness=kind.exactness)
+        assert_equivalent(gradients_of(program, model), Gradients(model), call, exactness=loosely)
 
 
-@each_pass
 @given(drawn=programs())
 @few
-def test_a_second_run_changes_nothing(kind: type[Pass], drawn: Drawn) -> None:
-    model, call = drawn.build()
-    program = capture(model, call)
-    apply(kind, program)
-    once = str(program)
-    assert not apply(kind, program).rewrites
-    assert str(program) == once
+def test_a_second_run_changes_nothing(drawn: Drawn) -> None:
+    for kind, program in each_pass(capture(*drawn.build())):
+        apply(kind, program)
+        once = str(program)
+        assert not apply(kind, program).rewrites
+        assert str(program) == once
 
 
-@each_pass
 @given(drawn=programs())
 @few
-def test_two_runs_give_the_same_text(kind: type[Pass], drawn: Drawn) -> None:
+def test_two_runs_give_the_same_text(drawn: Drawn) -> None:
     model, call = drawn.build()
-    first, second = capture(model, call), capture(model, call)
-    did, again = (apply(kind, program) for program in (first, second))
-    assert str(first) == str(second)
-    assert (did.rewrites, _reasons(did)) == (again.rewrites, _reasons(again))
+    first, second = each_pass(capture(model, call)), each_pass(capture(model, call))
+    for (kind, program), (_, other) in zip(first, second, strict=True):
+        did, again = apply(kind, program), apply(kind, other)
+        assert str(program) == str(other)
+        assert (did.rewrites, _reasons(did)) == (again.rewrites, _reasons(again))
 
 
 def _reasons(record: PassRecord) -> list[str]:
