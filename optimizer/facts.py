@@ -123,11 +123,12 @@ def _latency(run: Run) -> dict[str, Any]:
 def _sizes(run: Run) -> dict[str, Any]:
     before, after = _weights(run.canonical), _weights(run.captured)
     call = run.plan.example_calls(run.device)[0]
-    forms = {"before": run.canonical, "after": run.captured}
+    done = multiply_adds(run.canonical.build(), call)
+    left = multiply_adds(run.captured.build(), call) if run.changed else done
     return {
         "parameters": {"before": before[0], "after": after[0]},
         "bytes": {"before": before[1], "after": after[1]},
-        "multiply_adds": {n: multiply_adds(form.build(), call) for n, form in forms.items()},
+        "multiply_adds": {"before": done, "after": left},
     }
 
 
