@@ -87,6 +87,8 @@ class BagClassifier(nn.Module):
     def __init__(self, vocabulary: int = BYTES, classes: int = 2, width: int = 64) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
+        # Small, so that tokens hardly seen in training add hardly anything to a mean.
+        nn.init.normal_(self.tokens.weight, std=width**-0.5)
         self.head = nn.Linear(width, classes)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
