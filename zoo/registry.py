@@ -28,10 +28,18 @@ from torch import nn
 from fxpress import zoo
 from fxpress.errors import FxpressError
 
-__all__ = ["Entry", "UnknownModelError", "create_model", "entry", "list_models", "model", "offered"]
+__all__ = [
+    "Entry",
+    "Score",
+    "UnknownModelError",
+    "create_model",
+    "entry",
+    "list_models",
+    "model",
+    "offered",
+]
 
 Kind = TypeVar("Kind")
-Score = Callable[[nn.Module], dict[str, float]]
 
 
 class UnknownModelError(FxpressError, ValueError):
@@ -55,6 +63,25 @@ class Calibration(Protocol):
 
 
 @dataclass(frozen=True)
+class Score:
+    """How a model that was trained elsewhere is scored; a recipe's has its objective's metrics.
+
+    Attributes:
+        task: what the model is asked, in words.
+        data: what it is asked about, in words.
+        headline: the metric to show where there is room for one.
+        measure: the metrics of the trained model.
+        baselines: the headline metric of what to compare it with.
+    """
+
+    task: str
+    data: str
+    headline: str
+    measure: Callable[[Any], dict[str, float]]
+    baselines: Callable[[], dict[str, float]] = dict
+
+
+@dataclass(frozen=True)
 class Entry:
     """One model of the zoo: how to build it, and how to make its calibration data."""
 
@@ -65,7 +92,7 @@ class Entry:
     build: Build
     calibration: Calibration
     has_weights: bool = True  # False: there are only random ones
-    score: Score | None = None  # of a model trained elsewhere; a recipe's has its objective's
+    score: Score | None = None  # of a model trained elsewhere
 
 
 def model(

@@ -7,14 +7,17 @@ stay rounded to 4 bits: quote differences against this model, not against the pu
 
 from __future__ import annotations
 
+import gzip
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpress.zoo.pretrained import Package, require
-from fxpress.zoo.registry import model
+from fxpress.zoo.registry import Score, model
 from fxpress.zoo.samples import DATA, read_texts
 from fxpress.zoo.transformers_models import TransformersModel
 
@@ -79,12 +82,48 @@ def _calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Te
     return [{"input_ids": row} for row in windows(texts)[:limit].split(1)]
 
 
+@torch.no_grad()
+def _measure(model: Any) -> dict[str, float]:
+    """Of the tokens of each window but its first; bits are divided by those tokens' own bytes."""
+    nats, count, size = 0.0, 0, 0
+    for row in windows(_novel()).split(1):
+        logits = model(input_ids=row[:, :-1]).logits
+        nats += F.cross_entropy(logits[0], row[0, 1:], reduction="sum").item()
+        count += row.shape[1] - 1
+        size += len(tokenizer().decode(row[0, 1:]).encode())
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "perplexity_per_token": math.exp(nats / count),
+    }
+
+
+def _novel() -> list[str]:
+    """The beginning of *Persuasion*, which the recipes' models of bytes are tested on."""
+    return read_texts(DATA / "austen" / "heldout.txt")
+
+
+def _gzip() -> float:
+    """Bits per byte."""
+    text = "\n\n".join(_novel()).encode()
+    return 8 * len(gzip.compress(text, 9)) / len(text)
+
+
+SCORE = Score(
+    "language model",
+    f"140 kB of *Persuasion* of the repository, in windows of {LENGTH} tokens",
+    "bits_per_byte",
+    _measure,
+    lambda: {"gzip -9": _gzip()},
+)
+
+
 @model(
     "smollm2",
     description="SmolLM2-135M-Instruct, a Llama causal language model of 134.5 M parameters",
     license="Apache-2.0",
     source=f"Allal et al. 2025, arXiv 2502.02737; PyPI package {PACKAGE.requirement}",
     calibration=_calibration,
+    score=SCORE,
 )
 def smollm2(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any

