@@ -119,8 +119,10 @@ Newsgroups: TF-IDF with logistic regression .937 and .832, fastText .961 and .79
 So the bags are where bags are, and what is said in these texts needs little of their order: the
 encoder from scratch gains upon the bag on the sections, and not on R8. Bags whose embeddings began
 as torch has them had scored .966 (R8), .723 (sections) and .786 (newsgroups, below naive Bayes);
-they now begin small, by the loss on the valid texts of 20 Newsgroups, as did the learning rate of
-`newsgroups-bag`.
+they now begin small, by the loss on the valid texts of 20 Newsgroups, which also chose the learning
+rate of `newsgroups-bag`. `r8-minilm` reads 64 tokens of a text, and has seen about as many texts as
+there are: on R8 as a whole no better than the bag, better on its small classes (macro F1), and a
+point below BERT of which everything is trained. With half of these steps it had scored .958.
 """,
     "image-classification": """
 ## Classes of images
