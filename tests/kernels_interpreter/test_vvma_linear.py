@@ -41,7 +41,7 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     assert_equivalent(interpreted, vvma_reference, s.args)
 
 
-@pytest.mark.parametrize("terms", [4, 16])
+@pytest.mark.parametrize("terms", [4, 8])
 def test_options_change_no_result(terms: int) -> None:
     core, vectors = torch.randn(terms, 16, 16), torch.randn(terms, 4, 8, 16)
     x = torch.randn(5, 128)

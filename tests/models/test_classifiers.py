@@ -11,7 +11,16 @@ import fxpress
 from fxpress.zoo.registry import entry
 from tests.models.samples import BRIEF, build, marked
 
-TRAINED = ["fashion-vit", "r8-encoder", "r8-minilm", "section-encoder"]
+TRAINED = [
+    "fashion-linear",
+    "fashion-vit",
+    "newsgroups-bag",
+    "r8-bag",
+    "r8-encoder",
+    "r8-minilm",
+    "section-bag",
+    "section-encoder",
+]
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
 
 
