@@ -374,7 +374,7 @@ def _user_frame(error: BaseException) -> str:
 def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own types, which it copies
-        if any(mutates(node) for node in exported.graph.nodes):
+        if any(mutates(node) or _is_transform(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
             _reshape_views(exported.graph)
         unlifted = exported.module(check_guards=False)
@@ -387,6 +387,11 @@ def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _is_transform(node: fx.Node) -> bool:
+    """Whether a node is a step of `torch.vmap` or the like: what lies between hides dimensions."""
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _reshape_views(graph: fx.Graph) -> None:

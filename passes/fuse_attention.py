@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxpress.passes.dataflow import argument, is_noop, mask_factors, sizes
+from fxpress.passes.dataflow import RESHAPES, argument, is_noop, mask_factors, peel, sizes
 from fxpress.passes.layouts import Layout, Placed, four, layout_of, restored, same_batch
 from fxpress.passes.probabilities import UNCHANGED, Moved, Probabilities, moved, probabilities_of
 from fxpress.passes.products import Product, Strided, product
@@ -32,7 +32,7 @@ from fxpress.passes.score_walk import Way, scores_of
 from fxpress.passes.scores import Bias, Keep, Scores, changed, settled
 from fxpress.passes.softmax import Softmax, divided_late, is_cast, softmax_of
 from fxpress.passes.views import VIEWS
-from fxpress.passes.without_softmax import without_softmax
+from fxpress.passes.without_softmax import keys_first, without_softmax
 from fxpress.program import Program, module_path
 from fxpress.rewrite import Decline, PassContext, PassRecord, Rewrite, RewritePass
 
@@ -67,6 +67,7 @@ _REORDERING = {
     aten.pad.default,
     aten.constant_pad_nd.default,
 }
+_PARTS = (*RESHAPES, aten.slice.Tensor, aten.select.int)  # of a weight
 _NEAR = 6  # operations between softmax and product, views aside, that a near miss may have
 
 
@@ -241,11 +242,12 @@ class FuseSoftmax(Rewrite):
             # Weights on the right are rarely probabilities, unless the order is that of letters;
             # those of a single row are as often those of experts.
             tells = (side is values or node.target is aten.einsum.default) and not values.hides
-            found = self._ends_in(side, program, tells)
+            is_layer = peel(side.right.node, _PARTS).op == "get_attr"
+            found = self._ends_in(side, program, tells and not is_layer)
             if isinstance(found, _Attention):
                 return found
             nearest = nearest or (found if tells else None)
-        return nearest
+        return nearest and (keys_first(values) or nearest)
 
     def _ends_in(
         self, values: Product, program: Program, near: bool

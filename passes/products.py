@@ -1,24 +1,27 @@
 """Batched matrix products in one form, whatever operator they were written with.
 
-matmul, bmm, baddbmm, addmm, einsum, linear, inner, tensordot
+matmul, bmm, baddbmm, addmm, einsum, linear, inner, tensordot, (a[..., None] * b).sum
   ->  left (..., N, K) x right (..., K, M) -> (..., N, M)
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from fxpress.passes.dataflow import argument, sizes
+from fxpress.passes.dataflow import argument, is_noop, sizes
 
 __all__ = ["Product", "Strided", "emit", "labels", "product", "unless_sorted"]
 
 aten = torch.ops.aten
+
+_ROW, _COLUMN = "1", "2"  # labels of one row or column that an operand has beside its own
+_ONES = {_ROW, _COLUMN}
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,8 @@ def product(node: fx.Node) -> Product | None:
     """The product that a node computes, or None."""
     if node.op != "call_function":
         return None
-    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return _matmul(node)
-    if node.target in (aten.baddbmm.default, aten.addmm.default):
-        return _added(node)
-    if node.target in (aten.linear.default, aten.inner.default):
-        return _by_rows(node)
-    if node.target is aten.tensordot.default:
-        return _tensordot(node)
-    return _einsum(node) if node.target is aten.einsum.default else None
+    made = next((make for targets, make in _PRODUCTS if node.target in targets), None)
+    return None if made is None else made(node)
 
 
 def _matmul(node: fx.Node) -> Product | None:
@@ -193,29 +189,36 @@ def _tensordot(node: fx.Node) -> Product | None:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    """An einsum of two operands that share one summed label.
-
-    Labels that one operand alone has are rows or columns; of several, the one that counts most is
-    it, and the others are batch (heads that share their keys). Where one operand has none, it has
-    one row that the result does not show.
-    """
+    """An einsum of two operands that share one summed label."""
     operands = node.args[1]
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     left, right = operands
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    first, second, output = labels(str(node.args[0]), left, right)
+    return _labelled(node, left, right, *labels(str(node.args[0]), left, right))
+
+
+def _labelled(
+    node: fx.Node, left: fx.Node, right: fx.Node, first: str, second: str, output: str
+) -> Product | None:
+    """The product of two operands whose dimensions have labels, of which one is summed.
+
+    Labels that one operand alone has are rows or columns; of several, the one that counts most is
+    it, and the others are batch (heads that share their keys). Where one operand has none, it has
+    one row that the result does not show, or shows as `_ROW` or `_COLUMN`.
+    """
+    own = [x for x in first + second if x not in _ONES]
     repeated = any(len(set(part)) != len(part) for part in (first, second, output))
     summed = {x for x in first if x in second and x not in output}
-    if repeated or len(summed) != 1 or {*first, *second} != {*output, *summed}:
+    if repeated or len(summed) != 1 or {*own} != {*output, *summed} - _ONES:
         return None
     size = dict(zip(output, sizes(node), strict=True))
     row, column = (
-        max((x for x in output if x in a and x not in b), key=lambda x: size[x], default="")
-        for a, b in ((first, second), (second, first))
+        max((x for x in output if x in a and x not in b), key=lambda x: size[x], default=one)
+        for a, b, one in ((first, second, _ROW), (second, first, _COLUMN))
     )
-    if not row and not column:
+    if {row, column} == _ONES or {*first, *second, *output} & _ONES - {row, column}:
         return None
     batch = [x for x in output if x not in (row, column)]
     return Product(
@@ -224,6 +227,72 @@ def _einsum(node: fx.Node) -> Product | None:
         Strided(right, _order(second, [*batch, *summed, column])),
         _unless_whole([[*batch, row, column].index(x) for x in output], len(batch) + 2),
     )
+
+
+def _summed(node: fx.Node) -> Product | None:
+    """sum(a * b) or mean(a * b) over one dimension, of factors that broadcast."""
+    of, dims = node.args[:2]
+    assert isinstance(of, fx.Node)
+    of, alpha = _without_numbers(of)
+    factors = [n for n in of.args if isinstance(n, fx.Node) and isinstance(n.meta["val"], Tensor)]
+    if of.target is not aten.mul.Tensor or len(factors) != 2 or node.kwargs:
+        return None
+    one_type = len({n.meta["val"].dtype for n in (node, *factors)}) == 1
+    if not one_type or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    shape = [str(size) for size in of.meta["val"].shape]
+    names, place = string.ascii_lowercase[: len(shape)], int(dims[0]) % len(shape)  # type: ignore[arg-type]
+    (left, first), (right, second) = (_spread(factor, names) for factor in factors)
+    has, other = _named(left, first), _named(right, second)
+    summed = names[place]
+    whole = all(size in (has.get(x), other.get(x)) for x, size in zip(names, shape, strict=True))
+    if not whole or has.get(summed) != other.get(summed):
+        return None
+    first = _with_one(first, second, has, _ROW)
+    second = _with_one(second, first, other, _COLUMN)
+    shown = ""
+    if argument(node, 2, "keepdim", False):
+        shown = _COLUMN if {*first} - {*second, _ROW} else _ROW
+    found = _labelled(node, left, right, first, second, names.replace(summed, shown))
+    if node.target is aten.sum.dim_IntList or found is None:
+        return None if found is None else replace(found, alpha=alpha)
+    count = of.meta["val"].shape[place]
+    return replace(found, alpha=alpha / count) if isinstance(count, int) else None
+
+
+def _without_numbers(node: fx.Node) -> tuple[fx.Node, float]:
+    """A product of tensors behind the numbers that it is multiplied by, and these."""
+    alpha = 1.0
+    while node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2:
+        source, number = node.args
+        if not isinstance(number, (int, float)) or not number or not isinstance(source, fx.Node):
+            break
+        node, alpha = source, alpha * (number if node.target is aten.mul.Tensor else 1 / number)
+    return node, alpha
+
+
+def _spread(node: fx.Node, names: str) -> tuple[fx.Node, str]:
+    """A factor without the dimensions that it has only to broadcast, and the names of the rest."""
+    kept = names[len(names) - node.meta["val"].ndim :]
+    while is_noop(node) or node.target in (aten.unsqueeze.default, aten.expand.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.target is aten.unsqueeze.default:
+            place = int(node.args[1]) % len(kept)  # type: ignore[arg-type]
+            kept = kept[:place] + kept[place + 1 :]
+        kept = kept[len(kept) - source.meta["val"].ndim :]
+        node = source
+    return node, kept
+
+
+def _named(node: fx.Node, names: str) -> dict[str, str]:
+    return dict(zip(names, map(str, node.meta["val"].shape), strict=True))
+
+
+def _with_one(mine: str, other: str, size: dict[str, str], one: str) -> str:
+    """Names of a factor without rows of its own: a dimension of one stands for them."""
+    spare = next((x for x in mine if size[x] == "1"), "")
+    return mine if {*mine} - {*other} or not spare else mine.replace(spare, one)
 
 
 def labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str]:
@@ -248,3 +317,13 @@ def labels(equation: str, left: fx.Node, right: fx.Node) -> tuple[str, str, str]
 
 def _order(have: str, want: list[str]) -> tuple[int, ...] | None:
     return unless_sorted(have.find(label) if label else -1 for label in want)
+
+
+_PRODUCTS: tuple[tuple[set[Any], Callable[[fx.Node], Product | None]], ...] = (
+    ({aten.matmul.default, aten.bmm.default, aten.mm.default}, _matmul),
+    ({aten.baddbmm.default, aten.addmm.default}, _added),
+    ({aten.linear.default, aten.inner.default}, _by_rows),
+    ({aten.tensordot.default}, _tensordot),
+    ({aten.einsum.default}, _einsum),
+    ({aten.sum.dim_IntList, aten.mean.dim}, _summed),
+)

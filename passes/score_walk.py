@@ -167,8 +167,6 @@ class _Walk:
         """One scale or mask further back."""
         if node.op != "call_function":
             return _refusal(node)
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs:
-            return _refusal(node)
         if node.target is aten.neg.default and isinstance(node.args[0], fx.Node):
             return node.args[0], way.scaled(-1.0)
         for targets, step in self._steps.items():
@@ -226,13 +224,14 @@ class _Walk:
         """Either addend may be the scores; the other one is a mask."""
         nearest: Decline | None = None
         left, right = node.args
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        for chain, other, turn in ((left, right, way), (right, left, way.scaled(sign))):
+        sign = float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+        sign = -sign if node.target is aten.sub.Tensor else sign
+        for chain, other, by, of_other in ((left, right, 1.0, sign), (right, left, sign, 1.0)):
             if not isinstance(chain, fx.Node) or not is_whole(chain, node):
                 continue
             if not isinstance(other, fx.Node):
-                return self.back(chain, turn)  # a number shifts all scores alike
-            found = self.back(chain, turn.added(other, node, sign))
+                return self.back(chain, way.scaled(by))  # a number shifts all scores alike
+            found = self.back(chain, way.added(other, node, of_other).scaled(by))
             if isinstance(found, Scores):
                 return found
             nearest = nearest or found
@@ -336,7 +335,7 @@ def scores_of(program: Program, softmax: Softmax, way: Way) -> Scores | Decline:
         softmax: the softmax.
         way: the way to it; only its dimensions count.
     """
-    walk, way = _Walk(program), Way(way.order, way.whole)
+    walk, way = _Walk(program), Way(way.order, way.whole, softmax.factor)
     if softmax.cut is None:
         return walk.back(softmax.scores, way)
     keep = _cut_by(softmax.cut, way, walk.constants)

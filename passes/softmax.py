@@ -2,12 +2,14 @@
 
     exp(x - m) / sum(exp(x - m)),  exp(x) * (1 / sum(exp(x))),  exp(log_softmax(x)),
     exp(x - logsumexp(x)),  c exp(x) / sum(c exp(x))    m of size one along the axis
+    with exp(a x) also as (e^a)^x
 
 What is the same along the axis changes nothing, whatever it is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import fx
 
 from fxpress.passes.dataflow import CASTS, argument, is_noop, peel
+from fxpress.passes.products import product
 from fxpress.program import captured
 from fxpress.rewrite import Decline
 
@@ -44,12 +47,14 @@ class Softmax:
         scores: what it is taken of.
         dim: the axis, counted from the front.
         cut: what sets some exponentials to zero before they are summed, or None.
+        factor: number that the scores are multiplied by, where the base is not e.
     """
 
     node: fx.Node
     scores: fx.Node
     dim: int
     cut: fx.Node | None = None
+    factor: float = 1.0
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -72,8 +77,25 @@ def softmax_of(node: fx.Node) -> Softmax | Decline | None:
         return _normalized(node, node.args[0], node.args[1])
     if node.target is aten.mul.Tensor:
         for one, other in (node.args, node.args[::-1]):
-            if isinstance(other, fx.Node) and peel(other).target is aten.reciprocal.default:
+            if isinstance(other, fx.Node) and _is_reciprocal(peel(other)):
                 return _normalized(node, one, peel(other).args[0])
+    return None
+
+
+def _is_reciprocal(node: fx.Node) -> bool:
+    if node.target is aten.pow.Tensor_Scalar:
+        return bool(node.args[1] == -1)
+    return node.target is aten.reciprocal.default
+
+
+def _power(node: fx.Node) -> tuple[Any, float] | None:
+    """What a number is raised to, and the logarithm of that number."""
+    if node.target is aten.exp.default:
+        return node.args[0], 1.0
+    if node.target is aten.exp2.default:
+        return node.args[0], math.log(2.0)
+    if node.target is aten.pow.Scalar and isinstance(base := node.args[0], (int, float)):
+        return (node.args[1], math.log(base)) if base > 1 else None
     return None
 
 
@@ -112,13 +134,14 @@ def _normalized(node: fx.Node, above: Any, below: Any) -> Softmax | Decline | No
     dim, cut = _summed(total, power), None
     if power.target in _CUTS:
         nodes = (n for n in power.args if isinstance(n, fx.Node))
-        cut, power = power, next((n for n in nodes if n.target is aten.exp.default), power)
-    if power.target is not aten.exp.default or dim is None:
+        cut, power = power, next((n for n in nodes if _power(n)), power)
+    raised = _power(power)
+    if raised is None or dim is None:
         return None
-    scores, by_maximum = _shifted(power.args[0], dim)
+    scores, by_maximum = _shifted(raised[0], dim)
     if added and (added > _TINY or not by_maximum or cut is not None):
         return Decline("something is added to the sum of a hand-written softmax", node)
-    return Softmax(node, scores, dim, cut)
+    return Softmax(node, scores, dim, cut, raised[1])
 
 
 def divided_late(node: fx.Node) -> tuple[fx.Node, Softmax] | Decline | None:
@@ -128,11 +151,13 @@ def divided_late(node: fx.Node) -> tuple[fx.Node, Softmax] | Decline | None:
     above, below = node.args
     if not isinstance(above, fx.Node) or not isinstance(below, fx.Node) or len(above.users) > 1:
         return None
-    power = above.args[0] if above.target in (aten.matmul.default, aten.bmm.default) else None
+    values = product(above)
+    if values is None or values.left.order is not None or values.order is not None:
+        return None
+    power = values.left.node
     found = _normalized(node, power, below)
     if not isinstance(found, Softmax):
         return found
-    assert isinstance(power, fx.Node)
     is_last = found.dim == power.meta["val"].ndim - 1
     return (above, replace(found, node=power)) if is_last else None
 
@@ -172,7 +197,7 @@ def _shifted(node: Any, dim: int) -> tuple[fx.Node, bool]:
     assert isinstance(scores, fx.Node)
     assert isinstance(shift, fx.Node)
     ndim, place = shift.meta["val"].ndim, dim - scores.meta["val"].ndim
-    same_shape = scores.meta["val"].shape == node.meta["val"].shape
+    same_shape = str(scores.meta["val"].shape) == str(node.meta["val"].shape)
     if not same_shape or (ndim >= -place and captured(shift.meta["val"].shape[place]) != 1):
         return node, False
     return scores, _is_maximum(shift, scores, place)

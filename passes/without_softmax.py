@@ -21,7 +21,7 @@ from fxpress.passes.softmax import LOG_SOFTMAX, SOFTMAX
 from fxpress.passes.views import VIEWS
 from fxpress.rewrite import Decline
 
-__all__ = ["without_softmax"]
+__all__ = ["keys_first", "without_softmax"]
 
 aten = torch.ops.aten
 
@@ -55,14 +55,20 @@ _MOVES = {
 
 def without_softmax(outer: Product) -> Decline | None:
     """Why a product of queries, keys and values is no attention; None: it is no such product."""
-    left, right = outer.left.node, outer.right.node
-    if (scores := _product_of_projections(left)) is not None and _is_projected(right):
+    scores = _product_of_projections(outer.left.node)
+    if scores is not None and _is_projected(outer.right.node):
         reason = "no softmax stands between the product of queries and keys and that with v"
         return Decline(reason, scores)
-    if (inner := _product_of_projections(right)) is not None and _is_projected(left):
-        reason = "keys and values are multiplied first, without a softmax (linear attention)"
-        return Decline(reason, inner)
-    return None
+    return keys_first(outer)
+
+
+def keys_first(outer: Product) -> Decline | None:
+    """Linear attention, whether or not queries and keys have a softmax each; None: it is not."""
+    inner = _product_of_projections(outer.right.node)
+    if inner is None or not _is_projected(outer.left.node):
+        return None
+    reason = "keys and values are multiplied first, without a softmax (linear attention)"
+    return Decline(reason, inner)
 
 
 def _product_of_projections(node: fx.Node) -> fx.Node | None:
@@ -109,4 +115,4 @@ def _weights(node: fx.Node) -> bool:
 
 def _is_matrix(node: fx.Node) -> bool:
     """Whether a product has several rows and columns."""
-    return product(node) is not None and 1 not in node.meta["val"].shape[-2:]
+    return product(node) is not None and "1" not in map(str, node.meta["val"].shape[-2:])

@@ -513,6 +513,36 @@ def masked_exp_where(m: Model, x: Tensor) -> Any:
 
 
 @attention()
+def powers_of_two(m: Model, x: Tensor) -> Any:
+    q, k, v = m.heads(x)
+    s = q @ k.mT * (D**-0.5 / math.log(2))
+    e = torch.exp2(s - s.amax(-1, keepdim=True)) * (~upper(N)).float()
+    return (e * e.sum(-1, keepdim=True).pow(-1)) @ v
+
+
+@attention()
+def powers_of_e(m: Model, x: Tensor) -> Any:
+    q, k, v = m.heads(x)
+    e = math.e ** (q @ k.mT)
+    return torch.einsum("bhij,bhjd->bhid", e, v) / e.sum(-1, keepdim=True)
+
+
+@attention()
+def added_by_parts(m: Model, x: Tensor) -> Any:
+    q, k, v = m.heads(x)
+    s = torch.sub(m.bias, torch.add(m.bias.cos(), q @ k.mT, alpha=0.25), alpha=-2)
+    return s.softmax(-1) @ v
+
+
+@attention()
+def mapped_over_batch_and_heads(m: Model, x: Tensor) -> Any:
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.T / 2, -1) @ v
+
+    return torch.vmap(torch.vmap(one))(*m.heads(x))
+
+
+@attention()
 def late_masked(m: Model, x: Tensor) -> Any:
     q, k, v = m.heads(x)
     s = (q @ k.mT / 2).masked_fill(upper(N), -torch.inf)
@@ -534,11 +564,39 @@ def exp_gated(m: Model, x: Tensor) -> Any:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
-@attention(0, "softmax is not of a product of queries and keys, but of aten.sum.dim_IntList")
+@attention()
 def broadcast_multiply_scores(m: Model, x: Tensor) -> Any:
     q, k, v = m.heads(x)
     s = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1)
     return s.softmax(-1) @ v
+
+
+@attention()
+def broadcast_multiply_all(m: Model, x: Tensor) -> Any:
+    q, k, v = m.heads(x)
+    s = (q[..., None, :].expand(B, H, N, N, D) * k[..., None, :, :] / 2).sum(-1)
+    return (s.softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+
+
+@attention()
+def broadcast_multiply_shared(m: Model, x: Tensor) -> Any:
+    # heads share their keys; the mean of products is a scale
+    q, k, v = m.heads(x)[0], m.one(x), m.one(x).tanh()
+    s = (q[:, :, :, None] * k[:, None, None]).mean(-1)
+    return (s.softmax(-1)[..., None] * v[:, None, None]).sum(3)
+
+
+@attention()
+def broadcast_multiply_one_query(m: Model, x: Tensor) -> Any:
+    q, k, v = m.q(x[:, -1:]), m.k(x), m.v(x)
+    w = torch.softmax((q * k).sum(-1, keepdim=True) / E**0.5, 1)
+    return (w * v).sum(1)
+
+
+@attention(0)
+def broadcast_multiply_experts(m: Model, x: Tensor) -> Any:
+    gate = m.q(x)[..., :2].softmax(-1)
+    return (gate[..., None] * torch.stack([m.k(x), m.v(x)], -2)).sum(-2)
 
 
 @attention()
@@ -853,7 +911,7 @@ def slot_attention(m: Model, x: Tensor) -> Any:
 @attention(
     0,
     "softmax is not of a product of queries and keys, but of aten.view",
-    "softmax is not of a product of queries and keys, but of aten.view",
+    "keys and values are multiplied first, without a softmax (linear attention)",
 )
 def linear_attention(m: Model, x: Tensor) -> Any:
     q, k, v = m.heads(x)
@@ -892,6 +950,20 @@ def experts(m: Model, x: Tensor) -> Any:
 def experts_of_product(m: Model, x: Tensor) -> Any:
     g = (x @ m.q.weight).softmax(-1)
     return g @ m.memory.repeat(2, 1)[:E]
+
+
+@attention(0)
+def experts_gated_inside(m: Model, x: Tensor) -> Any:
+    # the gate stands before the last weights: what is multiplied by them is no probability
+    gate = m.q(x)[..., :2].softmax(-1).view(1, -1, 2).permute(2, 1, 0)
+    inner = x.reshape(1, -1, E).expand(2, -1, -1) @ m.qkv.weight.view(3, E, E)[:2]
+    return ((inner.relu() * gate) @ m.qkv.weight.view(3, E, E)[:2].mT).sum(0)
+
+
+@attention(0, NO_SOFTMAX)
+def data_decides_the_length(m: Model, x: Tensor) -> Any:
+    y = x[x[..., 0] > x[..., 1]]
+    return m.q(y) @ m.k(y).mT @ m.v(y)
 
 
 @attention(0)

@@ -661,7 +661,9 @@ REFUSALS: dict[Forward, str] = {
     unequal_ranks_of_values: "queries, keys and values differ in their number of dimensions",
     more_heads_than_queries: "rows of the scores are not those of the product with v",
     grouped_without_batch: "attention of grouped heads that is not on (B, H, N, D)",
-    softmax_of_features: "softmax is not of a product of queries and keys, but of aten.view",
+    softmax_of_features: (
+        "keys and values are multiplied first, without a softmax (linear attention)"
+    ),
 }
 
 
