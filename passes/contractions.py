@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import argument
+from fxpress.passes.dataflow import argument, is_contiguous
 from fxpress.passes.products import labels
 from fxpress.passes.weights import Weight, weight_behind
 from fxpress.program import Program
@@ -77,7 +77,7 @@ class Arrangement:
             y = graph.call_function(aten.unflatten.int, (y, -1, list(self.outer)))
         if list(self.after) != sorted(self.after):
             y = graph.call_function(aten.permute.default, (y, list(self.after)))
-            if out.meta["val"].is_contiguous() and not is_only_moved:
+            if is_contiguous(out.meta["val"], undecided=True) and not is_only_moved:
                 # A later view may count on it.
                 y = graph.call_function(aten.contiguous.default, (y,))
         return y

@@ -25,6 +25,7 @@ __all__ = [
     "argument",
     "constant_value",
     "is_closed",
+    "is_contiguous",
     "is_noop",
     "mask_factors",
     "peel",
@@ -83,6 +84,19 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def sizes(node: fx.Node) -> tuple[int, ...]:
     """Sizes of a node's tensor; dynamic ones as captured."""
     return tuple(captured(size) for size in node.meta["val"].shape)
+
+
+def is_contiguous(tensor: Tensor, undecided: bool = False) -> bool:
+    """Whether a tensor lies in memory in the order of its dimensions.
+
+    Args:
+        tensor: the tensor, without data.
+        undecided: what is said where only the data decides it.
+    """
+    sizes: list[Any] = [size for size in tensor.shape if type(size) is not int]
+    if any(size.node.hint is None for size in sizes):
+        return undecided
+    return tensor.is_contiguous()
 
 
 # No-ops ------------------------------------------------------------------------------------------

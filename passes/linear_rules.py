@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxpress.passes.contractions import Arrangement, Bank, Contraction, bank_of, contraction_of
-from fxpress.passes.dataflow import argument
+from fxpress.passes.dataflow import argument, is_contiguous
 from fxpress.passes.patches import Patches, patches_of
 from fxpress.passes.weights import Weight, place, readers, same_layout, weight_behind
 from fxpress.program import Program, attribute
@@ -223,7 +223,7 @@ class LinearFromConvolution(_ToLinear):
 
 def _lies_as(node: fx.Node, order: Sequence[int]) -> bool:
     """Whether a tensor lies in memory in this order of its dimensions."""
-    return bool(node.meta["val"].permute(order).is_contiguous())
+    return is_contiguous(node.meta["val"].permute(order))
 
 
 def _only_moved(node: fx.Node, order: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import argument
+from fxpress.passes.dataflow import argument, is_contiguous
 from fxpress.rewrite import Decline
 
 __all__ = ["CONVOLUTIONS", "Patches", "patches_of"]
@@ -70,7 +70,7 @@ class Patches:
         channel = rank - len(self.widths) - 1
         order = [*range(channel), rank - 1, *range(channel, rank - 1)]
         y = graph.call_function(aten.permute.default, (y, order))
-        if out.meta["val"].is_contiguous():  # a later view may count on it
+        if is_contiguous(out.meta["val"], undecided=True):  # a later view may count on it
             y = graph.call_function(aten.contiguous.default, (y,))
         return y
 

@@ -170,6 +170,18 @@ def test_views_behind_a_product_that_was_just_made() -> None:
     assert_equivalent(program, model, (x,))
 
 
+def test_where_the_data_decides_a_size() -> None:
+    def chosen(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        kept = x[x[:, 0] > 0]
+        y = torch.einsum("tn,mn->mt", kept, u)
+        return nn.functional.conv1d(kept.t()[None], w) + y
+
+    model, x = Apply(chosen, (M, N, 1), (M, N)), torch.randn(9, N)
+    program, record = normalize(model, x)
+    assert record.counts()["linear-from-einsum"] == 1
+    assert_equivalent(program, model, (x,))
+
+
 def test_no_weight_is_copied() -> None:
     model, x = Apply(matmul_bias, (N, M), (M,)), torch.randn(B, T, N)
     program, _ = normalize(model, x)
