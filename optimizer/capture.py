@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from fxpress.containers import register_containers
 from fxpress.errors import CaptureError
 from fxpress.ops.recurrent_layers import opaque_layers
+from fxpress.pieces import join_pieces
 from fxpress.program import Program, alias_parameter, source_line
 from fxpress.signature import Signature
 from fxpress.verify import mutates, verify
@@ -382,6 +383,7 @@ def _graph_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     module = fx.GraphModule(unlifted, unlifted.graph)
     _inline_gradient_modes(module)
     _strip(module.graph)
+    join_pieces(module.graph)
     _own_tensors(module)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
@@ -414,6 +416,11 @@ def _strip(graph: fx.Graph) -> None:
         elif node.target is aten.to.device and isinstance(node.args[0], fx.Node):
             node.target = aten.to.dtype
             node.args = (node.args[0], node.args[2], *node.args[3:])
+        elif node.target is aten.narrow.default and all(type(n) is int for n in node.args[1:]):
+            source, dim, start, length = node.args
+            if start >= 0:
+                node.target = aten.slice.Tensor
+                node.args = (source, dim, start, start + length)
         elif node.target is aten._assert_scalar.default:
             node.meta.setdefault("val", None)  # torch adds some late, without metadata
         elif mutates(node):

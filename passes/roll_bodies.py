@@ -263,7 +263,10 @@ class _Column:
 
     def _outside(self, nodes: Sequence[Any]) -> Role:
         """A node in front of the loop: one for all steps, or a slice for each."""
-        if all(node is nodes[0] for node in nodes):
+        named = {node.target for node in nodes if node.op == "get_attr"}
+        if all(node is nodes[0] for node in nodes) or (
+            len(named) == 1 and all(node.op == "get_attr" for node in nodes)
+        ):
             return Shared(nodes[0])
         keys = {f"{node.target} {node.args} {node.kwargs}" for node in nodes}
         if len(keys) == 1 and makes_constant(nodes[0]):

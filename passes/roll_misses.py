@@ -40,12 +40,12 @@ def near_misses(calls: Sequence[Call]) -> list[Decline]:
 
 def _series(calls: Sequence[Call], positions: dict[fx.Node, int]) -> Iterator[list[int]]:
     """Positions at which the slices of a tensor are read, one slice after the other."""
-    slices: dict[tuple[fx.Node, int, bool], list[fx.Node]] = {}
+    slices: dict[tuple[fx.Node, int, bool], list[tuple[int, fx.Node]]] = {}
     for call in calls:
         if (read := slice_of(call.node)) is not None and read[-1] == 1:
-            source, dim, _, keeps, _ = read
-            slices.setdefault((source, dim, keeps), []).append(call.node)
-    for nodes in slices.values():
+            source, dim, index, keeps, _ = read
+            slices.setdefault((source, dim, keeps), []).append((index, call.node))
+    for nodes in (run for reads in slices.values() for run in _even(reads)):
         if len(nodes) >= LEAST_STEPS:
             users = [[positions[u] for u in n.users if u in positions] for n in nodes]
             reads = [min(found) for found in users if found]
@@ -54,6 +54,17 @@ def _series(calls: Sequence[Call], positions: dict[fx.Node, int]) -> Iterator[li
                 reads = here  # each is taken when it is needed, not all at once
             if len(reads) == len(nodes) and all(a < b for a, b in pairwise(reads)):
                 yield reads
+
+
+def _even(reads: Sequence[tuple[int, fx.Node]]) -> Iterator[list[fx.Node]]:
+    """Parts of a series in which the index goes on alike: there and back are two loops."""
+    part: list[tuple[int, fx.Node]] = []
+    for read in reads:
+        if len(part) > 1 and read[0] - part[-1][0] != part[1][0] - part[0][0]:
+            yield [node for _, node in part]
+            part = []
+        part.append(read)
+    yield [node for _, node in part]
 
 
 def _depends(later: Sequence[Call], earlier: Sequence[Call]) -> bool:

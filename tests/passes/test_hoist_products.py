@@ -173,8 +173,9 @@ def test_drawn_cells(ops: Any, states: int, how: int, steps: int) -> None:
     torch.manual_seed(steps)
     model, x = Drawn(ops, states, how), torch.randn(steps, B, D)
     program = capture(model, (x,))
-    hoisted(program)
-    assert products(program)[1] == 0
+    # Where no step reads the state, one may be taken to begin behind its slice: that is handed on.
+    reasons = [decline.reason for decline in hoisted(program).declined]
+    assert products(program)[1] == sum("reads its state" in reason for reason in reasons)
     assert_equivalent(program, model, (x,))
     assert_equivalent(gradients_of(program, model), Gradients(model), (x,))
 

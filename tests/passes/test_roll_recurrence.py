@@ -19,6 +19,7 @@ from fxpress import zoo
 from fxpress.capture import capture, capture_calls
 from fxpress.errors import ArtifactError, CaptureError
 from fxpress.ops.recurrence import Cell as Step
+from fxpress.passes.normalize_linear import NormalizeLinear
 from fxpress.passes.roll_recurrence import RECURRENCE, RollRecurrence
 from fxpress.program import Program
 from fxpress.rewrite import PassContext, PassRecord
@@ -96,11 +97,18 @@ def unbound(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     return model.cell(x.unbind(1)[t], h)
 
 
+def narrowed(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
+    return model.cell(x.narrow(1, t, 1).squeeze(1), h)
+
+
 def transposed(model: Loop, t: int, x: Tensor, h: Tensor) -> Any:
     return torch.tanh(x[:, t] @ model.cell.of_input.weight[:D].t() + h)
 
 
-@pytest.mark.parametrize("step", [forwards, backwards, every_other, narrow, unbound, transposed])
+STEPS = [forwards, backwards, every_other, narrow, narrowed, unbound, transposed]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_loop_becomes_one_node(step: Any, assert_same_gradients: Any) -> None:
     model, x = Loop(step), torch.randn(B, T, D)
     program, record = rolled(model, x)
@@ -111,6 +119,137 @@ def test_a_loop_becomes_one_node(step: Any, assert_same_gradients: Any) -> None:
     assert not record.declined
     assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
     assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class Collecting(nn.Module):
+    """A loop over time whose outputs are put together by what is given: `collect(steps, x)`."""
+
+    def __init__(self, collect: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.cell, self.collect = nn.GRUCell(D, D), collect
+
+    def forward(self, x: Tensor) -> Tensor:
+        def steps(order: Any) -> Any:
+            h = x.new_zeros(x.shape[0], D)
+            for t in order:
+                h = self.cell(x[:, t], h)
+                yield t, h
+
+        return self.collect(steps, x)
+
+
+def written(steps: Any, x: Tensor) -> Tensor:
+    out = torch.empty(x.shape)
+    for t, h in steps(range(T)):
+        out[:, t] = h
+    return out
+
+
+def written_back_in_time(steps: Any, x: Tensor) -> Tensor:
+    out = torch.zeros(T, B, D)
+    for t, h in steps(reversed(range(T))):
+        out[t, :, :] = h
+    return out.transpose(0, 1) + x
+
+
+def written_by_slices(steps: Any, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for t, h in steps(range(T)):
+        out[:, t : t + 1] = h.unsqueeze(1)
+    return out
+
+
+def grown(steps: Any, x: Tensor) -> Tensor:
+    out = x[:, :0]
+    for _, h in steps(range(T)):
+        out = torch.cat([out, h.unsqueeze(1)], dim=1)
+    return out
+
+
+def grown_at_the_front(steps: Any, x: Tensor) -> Tensor:
+    out = torch.tensor([])
+    for _, h in steps(reversed(range(T))):
+        out = torch.cat((h.unsqueeze(1), out), 1)
+    return out
+
+
+HOW = [written, written_back_in_time, written_by_slices, grown, grown_at_the_front]
+
+
+@pytest.mark.parametrize("collect", HOW)
+def test_outputs_put_together_by_pieces(collect: Any, assert_same_gradients: Any) -> None:
+    model, x = Collecting(collect), torch.randn(B, T, D)
+    program, record = rolled(model, x)
+    assert steps_of(program) == [T]
+    assert not record.declined
+    assert_equivalent(program, model, (x,), exactness=RollRecurrence.exactness)
+    assert_same_gradients(program.graph_module, model, (x,), None)
+
+
+class WrittenTwice(nn.Module):
+    """What is written twice, never, or read in between stays what it is."""
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, T, D) -> ..."""
+        twice, some = torch.empty(2, D), torch.ones(3, D)
+        twice[0], twice[1] = x[0, 0], x[0, 1]
+        before = twice[0] * 2
+        twice[0] = x[1, 0]
+        some[1] = x[0, 2]
+        some[-1] = 0.5
+        return twice, before, some, some[1] + some[0]
+
+
+def test_the_last_that_is_written_counts() -> None:
+    model, x = WrittenTwice(), torch.randn(B, T, D)
+    assert_equivalent(capture(model, (x,)), model, (x,), exactness=RollRecurrence.exactness)
+
+
+class ByParameters(nn.Module):
+    """A cell of products with parameters: h <- tanh(x W + h U)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u = (nn.Parameter(torch.randn(D, D)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros(x.shape[0], D), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(x[:, t] @ self.w + h @ self.u)
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+
+def test_weights_made_for_every_step_are_one() -> None:
+    model, x = ByParameters().eval(), torch.randn(B, T, D)
+    program = capture(model, (x,))
+    NormalizeLinear().run(program, PassContext())
+    assert RollRecurrence().run(program, PassContext()).counts() == {"roll-loop": 1}
+    assert_equivalent(program, model, (x,))
+
+
+class ThereAndBack(nn.Module):
+    """Two loops, one back in time: where one ends and the other begins is no step of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = nn.GRUCell(D, D), nn.RNNCell(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for cell, order in ((self.there, range(T)), (self.back, reversed(range(T)))):
+            h, outputs = x.new_zeros(x.shape[0], D), []
+            for t in order:
+                h = cell(x[:, t], h)
+                outputs.append(h)
+            out.append(torch.stack(outputs, 1))
+        return torch.cat(out, -1)
+
+
+def test_what_lies_between_two_loops_is_no_near_miss() -> None:
+    program, record = rolled(ThereAndBack(), torch.randn(B, T, D))
+    assert steps_of(program) == [T, T]
+    assert not record.declined
 
 
 class EagerRecurrence(nn.Module):
