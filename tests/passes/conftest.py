@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxpress.testing import assert_equivalent
+from fxpress.testing import APPROXIMATES, REASSOCIATES, assert_equivalent
+
+# The gradient of a single number is one sum, whose terms may cancel: how far off the model's own is
+# from run to run differs twentyfold, and is luck in any one.
+_CANCELLING = APPROXIMATES(1e-4)
 
 
 class Gradients(nn.Module):
@@ -65,7 +69,11 @@ def assert_same_gradients() -> Callable[..., None]:
             if _identity(p) in named
         ]
         assert pairs
-        mine, theirs = zip(*pairs, strict=True)
-        assert_equivalent(Gradients(graph, mine), Gradients(model, theirs), args, kwargs)
+        single = [pair for pair in pairs if model.get_parameter(pair[1]).numel() == 1]
+        several = [pair for pair in pairs if pair not in single]
+        for some, exactness in ((several, REASSOCIATES), (single, _CANCELLING)):
+            mine, theirs = ([pair[i] for pair in some] for i in (0, 1))
+            ours, wanted = Gradients(graph, mine), Gradients(model, theirs)
+            assert_equivalent(ours, wanted, args, kwargs, exactness=exactness)
 
     return compare
