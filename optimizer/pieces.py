@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxpress.program import is_contiguous, same_sizes
+
 __all__ = ["join_pieces"]
 
 aten = torch.ops.aten
@@ -78,7 +80,7 @@ def _source(value: fx.Node) -> fx.Node:
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     mine, other = a.meta["val"], b.meta["val"]
-    return bool(mine.dtype == other.dtype and str(mine.shape) == str(other.shape))
+    return bool(mine.dtype == other.dtype) and same_sizes(mine, other)
 
 
 def _written(node: fx.Node, form: tuple[int, bool]) -> Iterator[_Piece]:
@@ -104,7 +106,7 @@ def _read_back(node: fx.Node) -> None:
 def _join_written(last: fx.Node) -> None:
     """Replace writes that leave nothing of what was there before."""
     piece = _piece(last)
-    if piece is None or not _lies_plainly(last):
+    if piece is None or not is_contiguous(last.meta["val"]):
         return
     values: dict[int, fx.Node | None] = {}
     for written in _written(last, piece.form):
@@ -120,12 +122,6 @@ def _join_written(last: fx.Node) -> None:
         joined = last.graph.call_function(target, (pieces, dim))
     joined.meta = dict(last.meta)
     last.replace_all_uses_with(joined)
-
-
-def _lies_plainly(node: fx.Node) -> bool:
-    tensor = node.meta["val"]
-    decided = all(type(size) is int or size.node.hint is not None for size in tensor.shape)
-    return decided and bool(tensor.is_contiguous())
 
 
 def _flatten(node: fx.Node) -> None:

@@ -27,8 +27,10 @@ __all__ = [
     "captured",
     "format_node",
     "has_effect",
+    "is_contiguous",
     "module_path",
     "preceding",
+    "same_sizes",
     "source_line",
 ]
 
@@ -323,6 +325,24 @@ def captured(size: Any) -> int:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.hint is not None else 2
+
+
+def same_sizes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape, told without asking a dynamic size for its value."""
+    return [str(size) for size in a.shape] == [str(size) for size in b.shape]
+
+
+def is_contiguous(tensor: Tensor, undecided: bool = False) -> bool:
+    """Whether a tensor lies in memory in the order of its dimensions.
+
+    Args:
+        tensor: the tensor, without data.
+        undecided: what is said where only the data decides it.
+    """
+    sizes: list[Any] = [size for size in tensor.shape if type(size) is not int]
+    if any(size.node.hint is None for size in sizes):
+        return undecided
+    return tensor.is_contiguous()
 
 
 def _join(path: str, name: str) -> str:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import argument, is_contiguous
+from fxpress.passes.dataflow import argument
 from fxpress.passes.products import labels
 from fxpress.passes.weights import Weight, weight_behind
-from fxpress.program import Program
+from fxpress.program import Program, is_contiguous
 from fxpress.rewrite import Decline
 
 __all__ = ["Arrangement", "Bank", "Contraction", "bank_of", "contraction_of"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxpress.program import Program, attribute, captured
+from fxpress.program import Program, attribute, captured, same_sizes
 
 __all__ = [
     "CASTS",
@@ -25,7 +25,6 @@ __all__ = [
     "argument",
     "constant_value",
     "is_closed",
-    "is_contiguous",
     "is_noop",
     "mask_factors",
     "peel",
@@ -86,19 +85,6 @@ def sizes(node: fx.Node) -> tuple[int, ...]:
     return tuple(captured(size) for size in node.meta["val"].shape)
 
 
-def is_contiguous(tensor: Tensor, undecided: bool = False) -> bool:
-    """Whether a tensor lies in memory in the order of its dimensions.
-
-    Args:
-        tensor: the tensor, without data.
-        undecided: what is said where only the data decides it.
-    """
-    sizes: list[Any] = [size for size in tensor.shape if type(size) is not int]
-    if any(size.node.hint is None for size in sizes):
-        return undecided
-    return tensor.is_contiguous()
-
-
 # No-ops ------------------------------------------------------------------------------------------
 
 
@@ -116,8 +102,7 @@ def is_noop(node: fx.Node) -> bool:
         return True
     if node.target in CASTS:
         return bool(value.dtype == origin.dtype)
-    same = [str(size) for size in value.shape] == [str(size) for size in origin.shape]
-    return same and node.target in (aten.expand.default, aten.slice.Tensor)
+    return node.target in (aten.expand.default, aten.slice.Tensor) and same_sizes(value, origin)
 
 
 def peel(node: fx.Node, also: Iterable[Any] = ()) -> fx.Node:

@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from fxpress.passes.contractions import Arrangement, Bank, Contraction, bank_of, contraction_of
-from fxpress.passes.dataflow import argument, is_contiguous
+from fxpress.passes.dataflow import argument
 from fxpress.passes.patches import Patches, patches_of
 from fxpress.passes.weights import Weight, place, readers, same_layout, weight_behind
-from fxpress.program import Program, attribute
+from fxpress.program import Program, attribute, is_contiguous
 from fxpress.rewrite import Decline, Rewrite
 
 __all__ = ["LINEAR", "PRODUCTS", "LinearFromConvolution", "LinearFromEinsum", "LinearFromMatmul"]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpress.passes.dataflow import argument, is_contiguous
+from fxpress.passes.dataflow import argument
+from fxpress.program import is_contiguous
 from fxpress.rewrite import Decline
 
 __all__ = ["CONVOLUTIONS", "Patches", "patches_of"]

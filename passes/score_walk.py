@@ -24,7 +24,7 @@ from fxpress.passes.products import Product, Strided, product
 from fxpress.passes.scores import Bias, Keep, Scores, Stretch
 from fxpress.passes.softmax import Softmax, is_cast
 from fxpress.passes.views import VIEWS, is_view, turned
-from fxpress.program import Program, captured
+from fxpress.program import Program, captured, same_sizes
 from fxpress.rewrite import Decline
 
 __all__ = ["FILLS", "Way", "filled", "is_whole", "scores_of"]
@@ -410,8 +410,7 @@ def _is_low_where(bias: Tensor, dropped: Tensor) -> bool:
 def is_whole(source: fx.Node, node: fx.Node) -> bool:
     """Whether an operand is as large as the result and of its dtype: it is not broadcast."""
     before, after = source.meta["val"], node.meta["val"]
-    same = [str(s) for s in before.shape] == [str(s) for s in after.shape]
-    return same and before.dtype == after.dtype
+    return bool(before.dtype == after.dtype) and same_sizes(before, after)
 
 
 def _is_weight(node: fx.Node) -> bool:

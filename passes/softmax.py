@@ -18,7 +18,7 @@ from torch import fx
 
 from fxpress.passes.dataflow import CASTS, argument, is_noop, peel
 from fxpress.passes.products import product
-from fxpress.program import captured
+from fxpress.program import captured, same_sizes
 from fxpress.rewrite import Decline
 
 __all__ = ["LOG_SOFTMAX", "SOFTMAX", "Softmax", "divided_late", "is_cast", "softmax_of"]
@@ -197,8 +197,8 @@ def _shifted(node: Any, dim: int) -> tuple[fx.Node, bool]:
     assert isinstance(scores, fx.Node)
     assert isinstance(shift, fx.Node)
     ndim, place = shift.meta["val"].ndim, dim - scores.meta["val"].ndim
-    same_shape = str(scores.meta["val"].shape) == str(node.meta["val"].shape)
-    if not same_shape or (ndim >= -place and captured(shift.meta["val"].shape[place]) != 1):
+    is_alike = same_sizes(scores.meta["val"], node.meta["val"])
+    if not is_alike or (ndim >= -place and captured(shift.meta["val"].shape[place]) != 1):
         return node, False
     return scores, _is_maximum(shift, scores, place)
 

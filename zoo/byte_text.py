@@ -17,7 +17,7 @@ from fxpress.zoo.objectives import IGNORED, Batch, Task, objective, sha256_of
 from fxpress.zoo.recipe import RecipeError
 from fxpress.zoo.samples import DATA, read_texts
 
-__all__ = ["count_baselines", "text", "text_baselines"]
+__all__ = ["count_baselines", "gzip_bits", "text", "text_baselines"]
 
 VALID_SHARE = 10  # one part in so many of a training text chooses the best weights
 
@@ -85,10 +85,15 @@ def _windows(data: Tensor, length: int, rows: int = 64) -> list[Batch]:
     return [((x,), y) for x, y in zip(inputs.split(rows), targets.split(rows), strict=True)]
 
 
+def gzip_bits(text: bytes) -> float:
+    """Bits per byte of gzip -9, which knows the text alone."""
+    return 8 * len(gzip.compress(text, 9)) / len(text)
+
+
 def text_baselines(train: Tensor, test: Tensor) -> dict[str, float]:
     """Bits per byte of gzip on the test text, and of byte counts of the training text."""
     return {
-        "gzip -9": 8 * len(gzip.compress(bytes(test.tolist()), 9)) / len(test),
+        "gzip -9": gzip_bits(bytes(test.tolist())),
         **count_baselines(train, test, BYTES),
     }
 

@@ -7,7 +7,6 @@ stay rounded to 4 bits: quote differences against this model, not against the pu
 
 from __future__ import annotations
 
-import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxpress.zoo.byte_text import gzip_bits
 from fxpress.zoo.pretrained import Package, require
 from fxpress.zoo.registry import Score, model
 from fxpress.zoo.samples import DATA, read_texts
@@ -102,18 +102,12 @@ def _novel() -> list[str]:
     return read_texts(DATA / "austen" / "heldout.txt")
 
 
-def _gzip() -> float:
-    """Bits per byte."""
-    text = "\n\n".join(_novel()).encode()
-    return 8 * len(gzip.compress(text, 9)) / len(text)
-
-
 SCORE = Score(
     "language model",
     f"140 kB of *Persuasion* of the repository, in windows of {LENGTH} tokens",
     "bits_per_byte",
     _measure,
-    lambda: {"gzip -9": _gzip()},
+    lambda: {"gzip -9": gzip_bits("\n\n".join(_novel()).encode())},
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import textwrap
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxpress.zoo import corpora, tokenization
-from fxpress.zoo.byte_text import count_baselines
+from fxpress.zoo.byte_text import count_baselines, gzip_bits
 from fxpress.zoo.objectives import IGNORED, Batch, Task, objective, sha256_of
 from fxpress.zoo.recipe import RecipeError
 from fxpress.zoo.samples import DATA, read_texts
@@ -106,7 +105,7 @@ def wordpiece_text(
         },
         "bits_per_byte",
         {
-            "gzip -9": 8 * len(gzip.compress(test.data, 9)) / len(test.data),
+            "gzip -9": gzip_bits(test.data),
             **{
                 f"{name} of tokens": bits / bytes_of_piece
                 for name, bits in count_baselines(known.ids, test.ids, vocabulary).items()
