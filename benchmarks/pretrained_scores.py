@@ -8,6 +8,7 @@ section of docs/results.md of it.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import platform
 import sys
@@ -37,6 +38,7 @@ def measured(name: str, score: registry.Score) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "machine": f"cpu, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "torch": torch.__version__,
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
     }
 
 

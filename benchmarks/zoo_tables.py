@@ -233,7 +233,7 @@ def elsewhere(models: dict[str, Any]) -> str:
                 found["data"],
                 ", ".join(score(*item) for item in scores.items()),
                 ", ".join(score(*item) for item in found["baselines"].items()) or "-",
-                f"`fxpress zoo eval {name}` ({found['seconds']:.0f} s)",
+                f"`fxpress zoo eval {name}` ({found['seconds']:.0f} s, {found['date']})",
             ]
         )
     return f"{ELSEWHERE}\n{table(rows)}"
