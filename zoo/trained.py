@@ -7,6 +7,7 @@ what they score, and what its task needs beside them, such as a tokenizer.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import hashlib
 import importlib.util
 import json
@@ -79,7 +80,9 @@ def train(
         "baselines": task.baselines,
         "seconds": round(state.seconds, 1),
         "cpu_seconds": round(state.cpu_seconds, 1),
-        "machine": f"{device}, {torch.get_num_threads()} thread(s), {platform.machine()}",
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "processes": state.processes,
+        "machine": _machine(device),
         "torch": torch.__version__,
         "history": state.history,
     }
@@ -152,6 +155,13 @@ def _stored(x: torch.Tensor, plan: Recipe) -> torch.Tensor:
 
 def _scores(module: nn.Module, task: objectives.Task) -> dict[str, float]:
     return task.metrics(*training.evaluate(module, task, "test")) | task.decoded(module)
+
+
+def _machine(device: str) -> str:
+    """What computed, in words."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, bfloat16"
+    return f"{device}, {torch.get_num_threads()} thread(s), {platform.machine()}"
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The batch of a step, and whatever else is random in it, is drawn from the recipe's seed and the
 number of the step. So a checkpoint needs weights, optimizer and counters only, and a run that was
-killed goes on to the same weights, bit for bit, as one that was not. Under `torchrun` each process
-takes its share of every batch.
+killed goes on to the same weights, bit for bit where the device computes alike twice, as one that
+was not. Under `torchrun` each process takes its share of every batch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from fxpress.zoo.objectives import IGNORED, Batch, Task, seed_of
 from fxpress.zoo.recipe import Recipe, RecipeError
 from fxpress.zoo.registry import create_model
 
-__all__ = ["Progress", "State", "evaluate", "is_first_process", "train"]
+__all__ = [
+    "Progress",
+    "State",
+    "evaluate",
+    "is_first_process",
+    "recurrent_layers_in_float32",
+    "train",
+]
 
 Progress = Callable[["State"], None]
 
@@ -40,6 +48,7 @@ class State:
     """Where a run stands."""
 
     step: int = 0
+    processes: int = 1  # in the last piece of the run
     seconds: float = 0.0  # of training, over all the pieces of a run
     cpu_seconds: float = 0.0  # of them, those that all threads together had a core for
     best: float = math.inf  # least validation loss, nats
@@ -72,14 +81,16 @@ def train(
     with _processes(device) as (place, rank, world):
         if recipe.batch % world:
             raise RecipeError(f"{recipe.name}: {recipe.batch} sequences for {world} processes")
-        run = Run(recipe, task, place)
+        run = Run(recipe, task, place, rank, world)
         run.resume(checkpoint)
+        run.state.processes = world
         forward = DistributedDataParallel(run.module) if world > 1 else run.module
-        while run.state.step < recipe.steps:
-            run.advance(forward, slice(rank, None, world))
-            if rank == 0:
-                run.save(checkpoint)
-                progress(run.state)
+        with recurrent_layers_in_float32(run.module):
+            while run.state.step < recipe.steps:
+                run.advance(forward)
+                if rank == 0:
+                    run.save(checkpoint)
+                    progress(run.state)
         run.module.load_state_dict(run.best)
         return run.module.eval(), run.state
 
@@ -90,11 +101,15 @@ def _processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
     if not distributed.is_torchelastic_launched():
         yield torch.device(device), 0, 1
         return
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":  # what names no device is then meant for this process's own, too
+        place = torch.device("cuda", distributed.get_node_local_rank())
+        torch.cuda.set_device(place)
+        distributed.init_process_group("nccl", device_id=place)
+    else:
+        place = torch.device(device)
+        distributed.init_process_group("gloo")
     try:
-        rank = distributed.get_rank()
-        place = f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
-        yield torch.device(place), rank, distributed.get_world_size()
+        yield place, distributed.get_rank(), distributed.get_world_size()
     finally:
         distributed.destroy_process_group()
 
@@ -107,36 +122,49 @@ def is_first_process() -> bool:
 class Run:
     """The parts of a run that change: module, optimizer, best weights, counters."""
 
-    def __init__(self, recipe: Recipe, task: Task, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, device: torch.device, rank: int = 0, world: int = 1
+    ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.task, self.device = recipe, task, device
+        self.rank, self.world = rank, world
         self.module = create_model(**recipe.model).to(device)
         self.optimizer = _optimizer(recipe, self.module)
         self.best = _copy(self.module)
         self.state = State()
 
-    def advance(self, forward: nn.Module, share: slice) -> None:
+    def advance(self, forward: nn.Module) -> None:
         """Train up to the next evaluation, evaluate, and keep the weights if they are the best."""
         start, cpu_start, state = time.perf_counter(), time.process_time(), self.state
         stop = min(state.step + self.recipe.evaluate_every, self.recipe.steps)
-        losses = [self._step(forward, step, share) for step in range(state.step, stop)]
+        losses = [self._step(forward, step) for step in range(state.step, stop)]
         valid, _ = evaluate(self.module, self.task, "valid")
         if valid < state.best:
             state.best, self.best = valid, _copy(self.module)
-        trained = torch.stack(losses).mean().item()
-        state.history.append({"step": stop, "train": trained, "valid": valid})
+        trained = torch.stack(losses).mean()
+        if self.world > 1:
+            distributed.all_reduce(trained)
+        history = {"step": stop, "train": trained.item() / self.world, "valid": valid}
+        state.history.append(history)
         state.step, state.seconds = stop, state.seconds + time.perf_counter() - start
         state.cpu_seconds += time.process_time() - cpu_start
 
-    def _step(self, forward: nn.Module, step: int, share: slice) -> Tensor:
-        """One step on this process's share of the batch; its loss."""
+    def _step(self, forward: nn.Module, step: int) -> Tensor:
+        """One step on this process's share of the batch.
+
+        Returns:
+            The share's loss, so weighted that the mean over processes is the loss of the batch:
+            one that got the shorter sequences has fewer targets. So is then the mean of gradients,
+            which `DistributedDataParallel` takes.
+        """
         seed = seed_of("train", self.recipe.seed, step)
-        torch.manual_seed(seed)  # for what is random in the model
-        smoothing = self.recipe.label_smoothing
+        torch.manual_seed(seed + self.rank)  # for what is random in the model
         whole = self.task.draw(self.recipe.batch, torch.Generator().manual_seed(seed))
+        share = _shared(whole, slice(self.rank, None, self.world))
+        weight = self.world * _count(share) / _count(whole)
         forward.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = _loss(forward, _shared(whole, share), self.device, smoothing)[0]
+            loss = weight * _loss(forward, share, self.device, self.recipe.label_smoothing)[0]
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
@@ -166,7 +194,9 @@ class Run:
         if not path.exists():
             return
         parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
-        with safe_open(path, "pt", device=str(self.device)) as file:
+        # To the CPU: from there everything is copied to where it belongs, and AdamW's count of
+        # steps belongs on the CPU. On a GPU it would be waited for, for each tensor of each step.
+        with safe_open(path, "pt") as file:
             about = file.metadata()
             if about["identity"] != self._identity():
                 raise RecipeError(
@@ -202,7 +232,7 @@ def evaluate(module: nn.Module, task: Task, split: str) -> tuple[float, float]:
     total, right, targets_seen, asked_seen = 0.0, 0, 0, 0
     for batch in task.splits[split]:
         loss, logits, targets = _loss(module, batch, device)
-        count, asked = int((targets != IGNORED).sum()), task.asked(targets)
+        count, asked = _count(batch), task.asked(targets)
         total, targets_seen = total + loss.item() * count, targets_seen + count
         right += int((logits.argmax(-1) == targets)[asked].sum())
         asked_seen += int(asked.sum())
@@ -213,6 +243,11 @@ def _shared(batch: Batch, share: slice) -> Batch:
     """The rows that one of several processes takes."""
     inputs, targets = batch
     return tuple(x[share] for x in inputs), targets[share]
+
+
+def _count(batch: Batch) -> int:
+    """Targets that count."""
+    return int((batch[1] != IGNORED).sum())
 
 
 def _loss(
@@ -248,3 +283,28 @@ def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: x.detach().clone() for name, x in module.state_dict().items()}
+
+
+@contextmanager
+def recurrent_layers_in_float32(module: nn.Module) -> Iterator[None]:
+    """Leave torch's recurrent layers out of autocast, in the type of their weights.
+
+    On CUDA autocast gives them float16, whatever type it was asked for: without scaling of the loss
+    small gradients would become zero there.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.RNNBase)]
+    for layer in layers:
+        layer.forward = _in_float32(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(x: Tensor, state: Any = None) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float(), pytree.tree_map_only(Tensor, Tensor.float, state))
+
+    return run

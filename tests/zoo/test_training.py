@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxpress.testing import BITWISE, assert_equivalent
 from fxpress.zoo import objectives, recipe, registry, trained, training
@@ -178,21 +179,80 @@ def test_weights_that_are_not_there_or_not_those(tmp_path: Path) -> None:
         trained.load_module("tiny", tmp_path)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Equal shares: the mean of their gradients is the gradient of the whole batch."""
+TRANSLATING = {  # by this seed one process gets 8 targets, the other 12
+    "seed": 3,
+    "task": "translation",
+    "data": {
+        "corpus": "en-de",
+        "languages": ["en", "de"],
+        "vocabulary": 4096,
+        "length": 32,
+        "sample_size": 2,
+    },
+    "model": {"name": "lstm-seq2seq", "width": 8, "dropout": 0.0},
+    "label_smoothing": 0.1,
+    "batch": 4,
+}
+SENTENCES = [
+    ("Close the window.", "Schließen Sie das Fenster."),
+    ("No.", "Nein."),
+    ("Yes.", "Ja."),
+    ("Opens the file that was named last in the list.", "Öffnet die zuletzt genannte Datei."),
+]
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    lines = "".join(f"{json.dumps({'en': en, 'de': de})}\n" for en, de in SENTENCES)
+    folder = tmp_path / "sentences"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("translating", [False, True])
+def test_two_processes_train_as_one(tmp_path: Path, sentences: Path, translating: bool) -> None:
+    """Weighted shares: the mean of their gradients is the gradient of the whole batch."""
+    fields = FIELDS | {"steps": 1, "evaluate_every": 1} | (TRANSLATING if translating else {})
+    data = sentences if translating else None
     script = tmp_path / "two.py"
     script.write_text(
         "import sys; from pathlib import Path; from fxpress.zoo import recipe, trained\n"
-        f"plan = recipe.parse('tiny', {FIELDS | {'steps': 1, 'evaluate_every': 1}})\n"
-        "trained.train(plan, Path(sys.argv[1]))\n"
+        f"plan = recipe.parse('tiny', {fields})\n"
+        "data = Path(sys.argv[2]) if sys.argv[2:] else None\n"
+        "trained.train(plan, Path(sys.argv[1]), data=data)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launch, str(script), str(tmp_path / "two")]
+    command = [*launch, str(script), str(tmp_path / "two"), *([str(data)] if data else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    trained.train(tiny(steps=1, evaluate_every=1), tmp_path / "one")
+    trained.train(recipe.parse("tiny", fields), tmp_path / "one", data=data)
     one, two = (trained.load_module("tiny", tmp_path / n) for n in ("one", "two"))
-    assert_equivalent(two, one, (torch.randint(10, (2, 23)),))
+    inputs = [torch.randint(3, 10, (2, 23)) for _ in range(1 + translating)]
+    assert_equivalent(two, one, tuple(inputs))
+    cards = [trained.load_card("tiny", tmp_path / n) for n in ("one", "two")]
+    assert [card["processes"] for card in cards] == [1, 2]
+    first, second = (torch.tensor(card["history"][0]["train"]) for card in cards)
+    assert_equivalent(lambda: second, lambda: first, ())
+
+
+@pytest.mark.parametrize("layer_type", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_stay_out_of_autocast(layer_type: type[nn.GRU | nn.LSTM]) -> None:
+    model = nn.Sequential(layer_type(8, 8, 2))
+    layer: Any = model[0]
+    x = torch.randn(5, 3, 8).bfloat16().float()
+    _, state = layer(x)
+
+    def under_autocast(x: Tensor) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            # From linear layers before it come values of the lower type.
+            return layer(x.bfloat16(), pytree.tree_map(torch.clone, state))
+
+    with training.recurrent_layers_in_float32(model):
+        got = under_autocast(x)
+    assert_equivalent(lambda _: got, lambda x: layer(x, state), (x,), exactness=BITWISE)
+    assert "forward" not in vars(layer)
 
 
 def run_command(arguments: str) -> int:
