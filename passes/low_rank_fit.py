@@ -127,7 +127,7 @@ def fit_low_rank(weight: Tensor, rank: int, second_moment: Tensor | None = None)
     if not 1 <= rank <= min(weight.shape):
         raise PlanError(f"fit_low_rank: rank is between 1 and {min(weight.shape)}, not {rank}")
     weight = weight.detach()
-    root = _root(moment_matrix(second_moment, weight.shape[1]))
+    root = _root(moment_matrix(second_moment, weight))
     m, n = weight.shape
     # What stays is allocated first: what comes above it is given back to the system as a whole.
     up, down = weight.new_empty(m, rank), weight.new_empty(rank, n)

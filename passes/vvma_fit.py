@@ -95,15 +95,19 @@ def all_finite(weight: Tensor) -> bool:
     return weight.is_floating_point() and bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
-def moment_matrix(second_moment: Tensor | None, features: int) -> Tensor | None:
-    """Check a second moment (n,) or (n, n) and return it in float64, symmetric.
+def moment_matrix(second_moment: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Check a second moment (n,) or (n, n) of the inputs of a weight (m, n).
+
+    Returns:
+        The moment in float64, symmetric, on the device of the weight.
 
     Raises:
         PlanError: if it has another shape, is not finite, or has negative entries on its diagonal.
     """
     if second_moment is None:
         return None
-    moment = second_moment.detach().double()
+    features = weight.shape[1]
+    moment = second_moment.detach().to(weight.device, torch.float64)
     if tuple(moment.shape) not in ((features,), (features, features)):
         shape = tuple(moment.shape)
         raise PlanError(f"second_moment is ({features},) or ({features}, {features}), not {shape}")
@@ -234,7 +238,7 @@ def fit_vvma(
         raise PlanError(f"fit_vvma: sweeps is at least 1, not {sweeps}")
     dense = _one_weight(weight, share)
     m, n = dense.shape
-    moment = moment_matrix(second_moment, n)
+    moment = moment_matrix(second_moment, dense)
     missing = (0, -n % block, 0, -m % block)
     padded = F.pad(dense, missing) if any(missing) else dense
     rowwise = share == "row"
