@@ -56,10 +56,10 @@ types: $(DEV_READY) tree ## check types
 tree:
 	$(PYTHON) tools/typing_tree.py
 
-gpu: $(DEV_READY) ## run the GPU tests and the benchmarks (COMMIT=id where there is no git)
+gpu: $(DEV_READY) ## run the GPU tests and the benchmarks (COMMIT=id without git, LIMIT=seconds)
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: no CUDA device")'
 	$(PYTEST) -m gpu tests/gpu
-	$(PYTHON) benchmarks/run.py $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/run.py $(if $(COMMIT),--commit $(COMMIT)) $(if $(LIMIT),--seconds $(LIMIT))
 
 replay: $(DEV_READY) tree ## show how graphs and kernels of the zoo differ from those at BASE=main
 	PYTHONPATH=.typing:tools $(PYTHON) tools/replay.py $(BASE)

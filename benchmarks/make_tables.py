@@ -50,9 +50,10 @@ PREFILL = """
 ### Prefill of a whole model, bf16, batch 1
 
 A Llama-like decoder of the shape of SmolLM2-135M with drawn weights, each form as one CUDA graph,
-none compiled further, all logits computed. As the user has it: transformers with `sdpa`. Dense:
-`optimize` without pruning, its best dense form. Pruned: a window and the first columns, 80 % of
-the causal cells dropped, `judge="off"`. `benchmarks/prefill.py`.
+all logits computed. As the user has it: transformers with `sdpa`. Dense: `optimize` without
+pruning, its best dense form. Pruned: a window and the first columns, 80 % of the causal cells
+dropped, `judge="off"`. Compiled: each of the three through `torch.compile` too.
+`benchmarks/prefill.py`.
 
 | tokens | tiles computed | as the user has it | dense | pruned | over the user's | over dense |
 |---|---|---|---|---|---|---|
@@ -130,16 +131,20 @@ def factored_line(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def prefill_line(result: dict[str, Any]) -> str:
-    """One line of the table of whole models."""
+def prefill_lines(result: dict[str, Any]) -> list[str]:
+    """Lines of the table of whole models: the forms as they are, and compiled."""
     if "error" in result:
-        return f"| {result['length']:,} | {result['error']} | | | | | |"
-    times = [result[form].get("ms") for form in ("original", "dense", "pruned")]
-    cells = [f"{result['length']:,}", f"{result['tile_density']:.3f}"]
-    cells += ["–" if time is None else f"{time:.1f}" for time in times]
-    ours = times.pop()
-    cells += ["–" if None in (time, ours) else f"{time / ours:.2f}x" for time in times]
-    return "| " + " | ".join(cells) + " |"
+        return [f"| {result['length']:,} | {result['error']} | | | | | |"]
+    lines = []
+    for note, times in (("", result), (", compiled", result.get("compiled") or {})):
+        taken = [times.get(form, {}).get("ms") for form in ("original", "dense", "pruned")]
+        if any(taken):
+            cells = [f"{result['length']:,}{note}", f"{result['tile_density']:.3f}"]
+            cells += ["–" if time is None else f"{time:.2f}" for time in taken]
+            ours = taken.pop()
+            cells += ["–" if None in (time, ours) else f"{time / ours:.2f}x" for time in taken]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def wide_lines(rows: dict[str, Any]) -> list[str]:
@@ -154,13 +159,24 @@ def wide_lines(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
+def measured_by(facts: dict[str, Any]) -> str:
+    """What figures depend on."""
+    return (
+        f"torch {facts['torch']}, triton {facts['triton']}, {facts['date']}, "
+        f"commit `{facts['commit']}`, `{facts['command']}`"
+    )
+
+
+def by_itself(measured: dict[str, Any]) -> str:
+    """A line of its own for what was measured by a run of its own."""
+    facts = measured.get("environment")
+    return f"\nMeasured by itself: {measured_by(facts)}\n" if facts else ""
+
+
 def section(results: dict[str, Any]) -> str:
     """Everything measured on one device."""
     facts = results["environment"]
-    text = (
-        f"\n## {facts['device']}\n\ntorch {facts['torch']}, triton {facts['triton']}, "
-        f"{facts['date']}, commit `{facts['commit']}`, `{facts['command']}`\n"
-    )
+    text = f"\n## {facts['device']}\n\n{measured_by(facts)}\n"
     measured = results.get("sparse_attention", {})
     lines = [attention_line(result) for result in measured.get("rows", [])]
     skipped = measured.get("not_measured", [])
@@ -169,15 +185,20 @@ def section(results: dict[str, Any]) -> str:
     marked = sum("from" in result for result in measured.get("rows", []))
     text += "".join(f"\nThe last {marked} rows are from {other}.\n" for other in others)
     text += f"\n{len(skipped)} rows were not measured: no time left.\n" if skipped else ""
+    text += by_itself(measured)
     factored = results.get("vvma", {})
     lines = [factored_line(result) for result in factored.get("rows", [])]
     text += FACTORED + "\n".join(lines) + "\n" if lines else ""
     if factored.get("not_measured"):
         text += f"\n{len(factored['not_measured'])} rows were not measured: no time left.\n"
-    lines = [prefill_line(result) for result in results.get("prefill", {}).get("rows", [])]
+    text += by_itself(factored)
+    prefill = results.get("prefill", {})
+    lines = [line for result in prefill.get("rows", []) for line in prefill_lines(result)]
     text += PREFILL + "\n".join(lines) + "\n" if lines else ""
+    text += by_itself(prefill)
     if wide := results.get("wide"):
         text += WIDE.format(**wide["sizes"]) + "\n".join(wide_lines(wide["rows"])) + "\n"
+        text += by_itself(wide)
     return text
 
 

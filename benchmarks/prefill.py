@@ -2,25 +2,28 @@
 
 Three forms of one model with drawn weights: as the user has it (transformers, sdpa), its best dense
 form (causal attention recognized), and pruned to a window with first columns at 80 % of the causal
-cells. Each runs as one CUDA graph. What a window loses in quality is measured elsewhere
-(docs/quality.md); this measures what it gains.
+cells. Each runs as one CUDA graph, as it is and as `torch.compile` makes it. What a window loses in
+quality is measured elsewhere (docs/quality.md); this measures what it gains.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from sampling import attempt, described, replayed
 from torch import nn
 
 import fxpress
 
 __all__ = ["measure"]
 
-LENGTHS = (8192, 2048)
+LENGTHS = (2048, 8192)
+VOCABULARY = 49152
 PRUNED = {"pruned": 0.8, "mask": "window", "block": 64}
 SHAPE = {
     "hidden_size": 576,
@@ -28,7 +31,7 @@ SHAPE = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
-    "vocab_size": 49152,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 16384,
     "tie_word_embeddings": True,
 }
@@ -43,63 +46,77 @@ def build(**changes: Any) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16).eval()
 
 
-def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What fails is a result too."""
-    try:
-        return function()
-    except Exception as error:  # noqa: BLE001 - recorded, whatever it is
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-
-
-def timed(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Median and quantiles in ms of one call, as a CUDA graph."""
-    from triton.testing import do_bench
+def timed(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Milliseconds of one call, as a CUDA graph."""
 
     def run() -> Any:
         with torch.no_grad():
             return model(*args, **kwargs)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    samples = torch.tensor(do_bench(graph.replay, warmup=50, rep=300, return_mode="all"))
-    low, middle, high = samples.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    return {"ms": middle, "p10": low, "p90": high, "samples": len(samples)}
+    return described(replayed(run, warmup=50, rep=300), "ms")
 
 
-def measure_row(length: int) -> dict[str, Any]:
-    """The three forms at one length."""
-    model = build()
-    ids = torch.randint(0, SHAPE["vocab_size"], (2, 1, length), device=model.device)  # type: ignore[call-overload]
-    batches = [{"input_ids": row, "use_cache": False} for row in ids]
-    config = {"prune-attention": PRUNED, "factor-vvma": False}
-    pruned = fxpress.optimize(model, batches, config=config, judge="off", progress=False)
-    ledger = pruned.passes["prune-attention"].ledger
-    forms = {"original": model, "dense": pruned.without("prune-attention"), "pruned": pruned}
-    times = {name: attempt(partial(timed, form, **batches[0])) for name, form in forms.items()}
-    return {
-        "length": length,
-        "sites": len(ledger),
-        "tile_density": sum(entry["tile_density"] for entry in ledger.values()) / len(ledger),
-        "kernels": len(set(pruned.sources.values())),
-        **times,
-    }
+def compiled(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """The same of what `torch.compile` makes of a form, for this one shape."""
+    torch.compiler.reset()
+    return timed(torch.compile(model, dynamic=False), **call)
+
+
+@dataclass
+class Length:
+    """The three forms of one model at one length."""
+
+    length: int
+    call: dict[str, Any]
+    forms: dict[str, nn.Module]
+    row: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, length: int) -> Length:
+        """Optimize, and time what comes out."""
+        device = next(model.parameters()).device
+        ids = torch.randint(0, VOCABULARY, (2, 1, length), device=device)
+        batches = [{"input_ids": row, "use_cache": False} for row in ids]
+        config = {"prune-attention": PRUNED, "factor-vvma": False}
+        pruned = fxpress.optimize(model, batches, config=config, judge="off", progress=False)
+        ledger = pruned.passes["prune-attention"].ledger
+        forms = {"original": model, "dense": pruned.without("prune-attention"), "pruned": pruned}
+        row: dict[str, Any] = {
+            "length": length,
+            "sites": len(ledger),
+            "tile_density": sum(e["tile_density"] for e in ledger.values()) / len(ledger),
+            "kernels": len(set(pruned.sources.values())),
+        }
+        for name, form in forms.items():
+            row[name] = attempt(partial(timed, form, **batches[0]))
+        return cls(length, batches[0], forms, row)
+
+    def compile(self, end: float) -> None:
+        """Time what `torch.compile` makes of each form, while there is time."""
+        row = self.row["compiled"] = dict[str, Any]()
+        for name, form in self.forms.items():
+            if time.monotonic() < end:
+                row[name] = attempt(partial(compiled, form, self.call))
+                print(self.length, "compiled", name, row[name].get("ms", row[name]), flush=True)
 
 
 def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:  # noqa: ARG001
-    """Measure lengths until the time is up."""
+    """Measure lengths, then their compiled forms (half a minute each), until the time is up."""
     end = time.monotonic() + seconds
+    model = build()
     rows: list[dict[str, Any]] = []
+    done: list[Length] = []
     for length in LENGTHS:
         if rows and time.monotonic() > end - seconds / 2:
             break
-        rows.append(attempt(partial(measure_row, length)) | {"length": length})
-        print(rows[-1], flush=True)
+        try:
+            done.append(Length.of(model, length))
+            rows.append(done[-1].row)
+        except Exception as error:  # noqa: BLE001 - recorded, whatever it is
+            rows.append({"length": length, "error": f"{type(error).__name__}: {error}"[:400]})
+        shown = {name: rows[-1].get(name, {}).get("ms") for name in ("original", "dense", "pruned")}
+        print(length, shown, rows[-1].get("error", ""), flush=True)
         torch.cuda.empty_cache()
+    for one in done:
+        one.compile(end)
     return {"rows": rows, "not_measured": list(LENGTHS[len(rows) :])}

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from sampling import attempt, described
 from torch import Tensor
 
 from fxpress.kernels import MaskLayout, compile_mask
@@ -99,21 +100,12 @@ def draw(row: Row, device: str = "cpu") -> Tensor:
 # --- timing ---------------------------------------------------------------------------------
 
 
-def timed(function: Callable[[], Any], repetitions: int = 100) -> dict[str, float]:
+def timed(function: Callable[[], Any], repetitions: int = 100) -> dict[str, Any]:
     """Median and quantiles in ms, the L2 cache flushed before each call."""
     from triton.testing import do_bench
 
-    samples = torch.tensor(do_bench(function, warmup=25, rep=repetitions, return_mode="all"))
-    low, middle, high = samples.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    return {"ms": middle, "p10": low, "p90": high, "samples": len(samples)}
-
-
-def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A peer that fails is a result too."""
-    try:
-        return function()
-    except Exception as error:  # noqa: BLE001 - recorded, whatever it is
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    samples = do_bench(function, warmup=25, rep=repetitions, return_mode="all")
+    return described(samples, "ms")
 
 
 # --- peers ----------------------------------------------------------------------------------

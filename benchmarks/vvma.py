@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sampling import attempt, described, replayed
 from torch import Tensor, nn
 
 from fxpress.kernels.vvma_linear import (
@@ -65,9 +66,8 @@ ROWS = (
 # --- timing ---------------------------------------------------------------------------------
 
 
-def chain(layers: list[Layer], x: Tensor) -> dict[str, float]:
-    """Microseconds per layer of one CUDA graph that runs them in turn: median and quantiles."""
-    from triton.testing import do_bench
+def chain(layers: list[Layer], x: Tensor) -> dict[str, Any]:
+    """Microseconds per layer of one CUDA graph that runs them in turn."""
 
     def run() -> Tensor:
         y = x
@@ -75,23 +75,7 @@ def chain(layers: list[Layer], x: Tensor) -> dict[str, float]:
             y = layer(y)
         return y
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    samples = torch.tensor(do_bench(graph.replay, warmup=15, rep=60, return_mode="all"))
-    samples = samples * 1e3 / len(layers)
-    low, middle, high = samples.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    return {"us": middle, "p10": low, "p90": high, "samples": len(samples)}
-
-
-def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A peer that fails is a result too."""
-    try:
-        return function()
-    except Exception as error:  # noqa: BLE001 - recorded, whatever it is
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    return described(replayed(run, warmup=15, rep=60), "us", 1e3 / len(layers))
 
 
 # --- peers ----------------------------------------------------------------------------------
