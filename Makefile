@@ -16,6 +16,8 @@ export PYTHONPATH := $(CURDIR)/.typing
 DEMO_READY := tree
 DEV_READY := tree
 else
+# Ten processes of `make test` import torch and transformers: 10 s each, 4 s once it is compiled.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
 endif

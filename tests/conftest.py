@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import random
 import sys
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=cannot_run)
     items[:] = [item for item in items if item not in cannot_run]
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage among what tests make alone, and seldom: captures make much that stays."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
