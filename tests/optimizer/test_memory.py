@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,9 +17,9 @@ import sys
 import torch
 import fxpress
 from fxpress import zoo
-from fxpress.zoo.registry import entry
 torch.set_num_threads(1)
-data = entry("wide").calibration(None, 4)
+torch.manual_seed(0)
+data = [torch.randn(1, 1024) for _ in range(4)]
 config, budget = json.loads(sys.argv[1]), float(sys.argv[2])
 config["recover"] = False  # it trains float32 copies
 
@@ -30,8 +31,8 @@ def optimize(model):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-optimize(zoo.create_model("wide", layers=1, hidden=64, vocabulary=64))
-model = zoo.create_model("wide", layers=3)
+optimize(zoo.create_model("wide", layers=1, width=1024, hidden=64, vocabulary=64))
+model = zoo.create_model("wide", layers=5, width=1024)  # a fit costs the cube of the width
 size = sum(p.numel() * p.itemsize for p in model.parameters())
 with torch.no_grad():
     model(data[0])
@@ -42,13 +43,16 @@ rewrites = len(optimized.passes["factor-vvma"].rewrites)
 print(size, (peak() - before + size) / size, tried, rewrites)
 """
 
+# Freed blocks go back to the system at once: else the peak depends on the holes that imports left.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 @pytest.mark.parametrize(
     ("config", "budget", "tried", "rewrites"),
     [
-        ({"block": 64, "terms": 1}, 2.0, 1, 7),  # stated forms
-        ({"rank": 1000}, 2.0, 1, 7),
+        ({"block": 64, "terms": 1}, 2.0, 1, 11),  # stated forms
+        ({"rank": 600}, 2.0, 1, 11),
         ({}, 0.02, 2, 0),  # a search, up to a rung at 95 % of the dense cost
     ],
 )
@@ -61,6 +65,7 @@ def test_the_peak_is_at_most_twice_the_model_and_a_little(
         stdout=subprocess.PIPE,
         text=True,
         timeout=300,
+        env=os.environ | EXACT,
     )
     size, ratio, *counts = map(float, done.stdout.split())
     assert size > 200e6
