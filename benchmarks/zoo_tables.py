@@ -55,7 +55,9 @@ the weights), tested on 140 kB of another (*Persuasion*), both in the repository
 lower is better: each byte of the test text but the first is predicted once, from the bytes before
 it in its window. That is little text (character models are commonly trained on 5 to 100 MB, to 1.2
 bits per character and below): compare with the baselines, of which unigram and bigram know the same
-training text and gzip only the test text, not with figures from elsewhere.
+training text and gzip only the test text, not with figures from elsewhere. The full forms are too
+large for it: both learn it by heart, the weights that count are those of step 500 of 5,000, and the
+Transformer (10.9 M parameters, 124 kB of text) scores worse than its reduced form.
 """,
     "wordpiece-text": """
 ## Pieces of words
