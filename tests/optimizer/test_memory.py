@@ -43,8 +43,8 @@ rewrites = len(optimized.passes["factor-vvma"].rewrites)
 print(size, (peak() - before + size) / size, tried, rewrites)
 """
 
-# What is freed goes back to the system at once. The C library does so for arrays above 32 MB; smaller
-# ones, as here, leave holes in its heap: the same run measured 1.46 to 2.19 times the model.
+# What is freed goes back to the system at once. The C library does so for arrays above 32 MB;
+# smaller ones, as here, leave holes in its heap: the same run measured 1.46 to 2.19 of the model.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
