@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -35,15 +35,30 @@ _BUSY = "other work kept the machine busy while times were taken"
 
 @dataclass(frozen=True)
 class Attempt:
-    """A proposal that was tried, and what came of it."""
+    """A proposal that was tried, and what came of it.
+
+    Attributes:
+        strength: its name.
+        drop: quality lost.
+        holds: whether that is within the budget.
+        sites: that it decides on; none where what it asks for leaves every site as it is.
+    """
 
     strength: str
     drop: float
     holds: bool
+    sites: int
+
+    @property
+    def outcome(self) -> str:
+        """In a few words."""
+        if not self.sites:
+            return "changes nothing"
+        return "holds" if self.holds else "over budget"
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
-        return {"strength": self.strength, "drop": self.drop, "holds": self.holds}
+        return {**asdict(self), "outcome": self.outcome}
 
 
 @dataclass
@@ -122,7 +137,8 @@ class Judge:
         one = _OneAtATime(proposals)
 
         def holds(index: int) -> bool:
-            return self._holds(build(one.decisions(index)), proposals[index].strength, tried)
+            decisions = one.decisions(index)
+            return self._holds(build(decisions), proposals[index].strength, len(decisions), tried)
 
         low, high = 0, len(proposals)
         while low < high:
@@ -158,7 +174,7 @@ class Judge:
                 break
             middle = (low + high + 1) // 2
             kept = {site: decisions[site] for site in order[:middle]}
-            holds = self._holds(build(kept), f"{strength}, {middle} sites", tried)
+            holds = self._holds(build(kept), f"{strength}, {middle} sites", middle, tried)
             low, high = (middle, high) if holds else (low, middle - 1)
         return {site: decisions[site] for site in order[:low]}
 
@@ -168,9 +184,9 @@ class Judge:
         self.notes.append(f"judge_seconds={self.seconds:g} ran out: {consequence}")
         return True
 
-    def holds(self, name: str, module: nn.Module, strength: str) -> bool:
+    def holds(self, name: str, module: nn.Module, strength: str, sites: int) -> bool:
         """Whether a module that was made otherwise keeps the budget; it counts as an attempt."""
-        return self._holds(module, strength, self.attempts.setdefault(name, []))
+        return self._holds(module, strength, sites, self.attempts.setdefault(name, []))
 
     def nearest_miss(
         self, name: str, proposals: Sequence[Proposal], reach: float
@@ -182,23 +198,26 @@ class Judge:
         near = [p for p in proposals if missed.get(p.strength, math.inf) <= within]
         return min(near, key=lambda p: missed[p.strength], default=None)
 
-    def _holds(self, module: nn.Module, strength: str, tried: list[Attempt]) -> bool:
+    def _holds(self, module: nn.Module, strength: str, sites: int, tried: list[Attempt]) -> bool:
         assert self.quality is not None
         with self.progress.step(f"judge quality: {strength}", 1) as advance:
             drop = self.quality.drop(module)
             advance()
         holds = drop <= self.quality.budget
-        tried.append(Attempt(strength, drop, holds))
+        tried.append(Attempt(strength, drop, holds, sites))
         return holds
 
     def nothing_holds(self, name: str) -> Verdict:
-        """The verdict on a pass none of whose proposals keeps the budget."""
+        """The verdict on a pass none of whose proposals changes anything within the budget."""
         assert self.quality is not None
         figures = {"budget": self.quality.budget}
         tried = self.attempts.get(name)
         if not tried:
             return Verdict("", False, "there was no time to try a proposal", figures)
-        figures["least_drop"] = min(attempt.drop for attempt in tried)
+        over = [attempt.drop for attempt in tried if not attempt.holds]
+        if not over:
+            return Verdict("", False, "every proposal leaves all sites as they are", figures)
+        figures["least_drop"] = min(over)
         return Verdict("", False, "no proposal keeps the quality budget", figures)
 
     def slow_sites(

@@ -125,9 +125,10 @@ class Report:
                 lines.append(
                     f"  rolled back {what}: {r['reason']}" + f" ({figures})" * bool(figures)
                 )
-            for a in self.facts["attempts"].get(p["name"], []):
-                verdict = "holds" if a["holds"] else "over budget"
-                lines.append(f"  tried {a['strength']}: drop {a['drop']:.4g}, {verdict}")
+            lines += [
+                f"  tried {a['strength']}: drop {a['drop']:.4g}, {a['outcome']}"
+                for a in self.facts["attempts"].get(p["name"], [])
+            ]
             if r := p.get("recovery"):
                 ends = [f"{loss:.4g}" for _, loss in (*r["checks"][:1], *r["checks"][-1:])]
                 done = (

@@ -194,7 +194,7 @@ class Run:
         if not recovery.best:
             return None
         module = self._module(captured, {**self.records, kind.name: trial})
-        if not judge.holds(kind.name, module, f"{proposal.strength}, recovered"):
+        if not judge.holds(kind.name, module, f"{proposal.strength}, recovered", len(decisions)):
             return None
         for (site, key), parameter in trained.items():
             decisions[site][key] = parameter.detach().clone()

@@ -73,6 +73,25 @@ def test_the_strongest_proposal_that_holds_is_taken(monkeypatch: pytest.MonkeyPa
     assert "over budget" in str(o.report)
 
 
+@pytest.mark.parametrize(
+    ("ladder", "reason"),
+    [
+        ([9.0, 1.0], "no proposal keeps the quality budget"),
+        ([1.0], "every proposal leaves all sites as they are"),
+    ],
+)
+def test_a_proposal_that_decides_on_no_site_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, ladder: list[float], reason: str
+) -> None:
+    offer(monkeypatch, *(scaled(out0=f) if f != 1.0 else scaled() for f in ladder))
+    o = fxpress.optimize(stack(), batches(), config=ONLY, max_divergence=0.1)
+    (rolled,) = o.passes["scale-linear"].rolled_back
+    assert rolled.reason == reason
+    tried = o.report.as_dict()["attempts"]["scale-linear"]
+    assert [a["outcome"] for a in tried] == ["changes nothing", "over budget"][: len(ladder)]
+    assert "drop 0, changes nothing" in str(o.report)
+
+
 def test_a_single_proposal_is_cut_down_to_its_harmless_sites(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
