@@ -1,6 +1,6 @@
 """Run every GPU benchmark, write benchmarks/results/<device>.json, and print short tables.
 
-python benchmarks/run.py [--seconds 300] [--only NAME ...] [--tune [NAME ...]] [--commit ID]
+python benchmarks/run.py [--seconds 290] [--only NAME ...] [--tune [NAME ...]] [--commit ID]
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def environment(commit: str) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description="Run the GPU benchmarks.")
-    parser.add_argument("--seconds", type=float, default=300, help="time to spend in all")
+    parser.add_argument("--seconds", type=float, default=290, help="time to spend in all")
     parser.add_argument(
         "--tune",
         nargs="*",
