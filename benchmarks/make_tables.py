@@ -180,10 +180,7 @@ def section(results: dict[str, Any]) -> str:
     measured = results.get("sparse_attention", {})
     lines = [attention_line(result) for result in measured.get("rows", [])]
     skipped = measured.get("not_measured", [])
-    others = sorted({result["from"] for result in measured.get("rows", []) if "from" in result})
     text += ATTENTION + "\n".join(lines) + "\n" if lines else ""
-    marked = sum("from" in result for result in measured.get("rows", []))
-    text += "".join(f"\nThe last {marked} rows are from {other}.\n" for other in others)
     text += f"\n{len(skipped)} rows were not measured: no time left.\n" if skipped else ""
     text += by_itself(measured)
     factored = results.get("vvma", {})

@@ -83,7 +83,6 @@ class Length:
         ledger = pruned.passes["prune-attention"].ledger
         forms = {"original": model, "dense": pruned.without("prune-attention"), "pruned": pruned}
         row: dict[str, Any] = {
-            "length": length,
             "sites": len(ledger),
             "tile_density": sum(e["tile_density"] for e in ledger.values()) / len(ledger),
             "kernels": len(set(pruned.sources.values())),
@@ -107,16 +106,19 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:  # noqa:
     model = build()
     rows: list[dict[str, Any]] = []
     done: list[Length] = []
+
+    def as_they_are(length: int) -> dict[str, Any]:
+        done.append(Length.of(model, length))
+        return done[-1].row
+
     for length in LENGTHS:
         if rows and time.monotonic() > end - seconds / 2:
             break
-        try:
-            done.append(Length.of(model, length))
-            rows.append(done[-1].row)
-        except Exception as error:  # noqa: BLE001 - recorded, whatever it is
-            rows.append({"length": length, "error": f"{type(error).__name__}: {error}"[:400]})
-        shown = {name: rows[-1].get(name, {}).get("ms") for name in ("original", "dense", "pruned")}
-        print(length, shown, rows[-1].get("error", ""), flush=True)
+        row = attempt(partial(as_they_are, length))
+        row["length"] = length
+        rows.append(row)
+        shown = {name: row.get(name, {}).get("ms") for name in ("original", "dense", "pruned")}
+        print(length, shown, row.get("error", ""), flush=True)
         torch.cuda.empty_cache()
     for one in done:
         one.compile(end)

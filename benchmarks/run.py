@@ -1,6 +1,7 @@
 """Run every GPU benchmark, write benchmarks/results/<device>.json, and print short tables.
 
 python benchmarks/run.py [--seconds 290] [--only NAME ...] [--tune [NAME ...]] [--commit ID]
+    [--out FILE]
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main() -> None:
     path = arguments.out or FOLDER / "results" / f"{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"environment": facts}
-    if arguments.only:
+    if arguments.only and path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
     chosen = {name: BENCHMARKS[name] for name in arguments.only or BENCHMARKS}
     end = time.monotonic() + arguments.seconds

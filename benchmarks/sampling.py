@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["attempt", "described", "replayed"]
 
@@ -21,7 +20,7 @@ def described(samples: list[float], unit: str, scale: float = 1.0) -> dict[str, 
     return {unit: middle, "p10": low, "p90": high, "count": len(values), "samples": raw}
 
 
-def replayed(run: Callable[[], Tensor | Any], warmup: int, rep: int) -> list[float]:
+def replayed(run: Callable[[], Any], warmup: int, rep: int) -> list[float]:
     """Milliseconds of a call as a CUDA graph, time and again.
 
     Args:

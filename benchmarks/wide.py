@@ -65,7 +65,7 @@ def measure(seconds: float, *, tuning: bool = False) -> dict[str, Any]:  # noqa:
         if time.monotonic() > end:
             break
         rows[name] = attempt(partial(row, way, batches[0]))
-        print(name, rows[name], flush=True)
+        print(name, rows[name].get("ms", rows[name]), flush=True)
         torch.cuda.empty_cache()
     return {"sizes": SIZES, "rows": rows}
 

@@ -147,7 +147,7 @@ def whole_of(site: VvmaSite, *, overlap: bool = False) -> VvmaKernel:
     """One kernel that serves a site, with the options that were fastest on an H100."""
     (p, q), k, r, size = site.tiles, site.block, site.terms, site.dtype.itemsize
     long, small = q * k, k <= 64 and size < 4
-    # Registers hold four cores of 64 lanes at 2 bytes, and sums of 8 rows and terms.
+    # Registers hold four cores of 64 lanes at 2 bytes.
     group, warps = _group(r, 4 if small else 1), _warps(k * k, 64)
     rows, lanes = 4 if site.batch > 16 else 2, 256 * warps
     if site.batch == 1:
